@@ -1,0 +1,577 @@
+//! `y[t, n] = epilogue(sum over k of a[t, k] * w[n, k])`: one generator for products of any height, packed weights,
+//! with any element-wise prologue (rows of `a` are made first, normalised for instance) and epilogue.
+//!
+//! A group has *segments*, run one after another without waiting: products of the same `a` with other weights (q, k and
+//! v). The columns that one output element needs together are a segment's *streams* (gate and up; both halves of a
+//! rotated head): they are packed beside each other, so an epilogue finds them in one tile. Nothing here knows what
+//! they mean: streams are read off the group's expressions by [`analyse`].
+//!
+//! The micro-kernel is `mr` rows by `nr` vectors of 16 columns, all in registers, in one loop over `k`. Each output
+//! element has one accumulator that takes `k` in order, so the bits depend on no tile size and not on the height: a
+//! product of many rows gives what as many products of one row give.
+
+use super::access::{Affine, Lowering, Piece, Scope, Source, Vars, operand_index, pieces, stored_value};
+use super::{GroupView, LowerError, Lowered, rowwise};
+use crate::dim::Dim;
+use crate::dtype::DType;
+use crate::graph::{Pack, Stream, ValueId};
+use crate::kernel::{BufferId, Expr, LANES, Type};
+use crate::op::{Compare, Op};
+use crate::schedule::{self, Field};
+use crate::target::Target;
+use std::cmp::Ordering;
+
+/// Tile sizes of a product.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DotSchedule {
+    /// Rows of a register tile.
+    pub mr: usize,
+    /// Vectors of 16 columns of a register tile; a multiple of the number of streams.
+    pub nr: usize,
+    /// How many words of `k` ahead to prefetch weights; 0 for not at all.
+    pub prefetch: usize,
+}
+
+impl DotSchedule {
+    /// The fields, for text, tuning and the numeric class.
+    pub fn fields(self) -> [Field; 3] {
+        let DotSchedule { mr, nr, prefetch } = self;
+        let field = |name, value| Field { name, value, numeric: false };
+        [field("mr", mr), field("nr", nr), field("prefetch", prefetch)]
+    }
+
+    /// Reads the text form.
+    ///
+    /// # Errors
+    ///
+    /// What does not fit, in words.
+    pub fn parse(text: &str) -> Result<DotSchedule, String> {
+        let mut fields = DotSchedule { mr: 0, nr: 0, prefetch: 0 }.fields();
+        schedule::parse(text, &mut fields)?;
+        let [mr, nr, prefetch] = fields.map(|f| f.value);
+        if mr == 0 || nr == 0 || mr * nr > 64 {
+            return Err("mr and nr must be at least 1, and mr * nr at most 64".to_string());
+        }
+        Ok(DotSchedule { mr, nr, prefetch })
+    }
+}
+
+/// What a dot group is.
+#[derive(Clone, Debug)]
+pub struct DotGroup {
+    /// The rows of the left operand.
+    pub a: ValueId,
+    /// Number of rows.
+    pub m: Dim,
+    /// Length of the contraction.
+    pub k: usize,
+    /// Dtype of the operands.
+    pub dtype: DType,
+    /// Products in the order in which they run.
+    pub segments: Vec<Segment>,
+}
+
+/// A product whose outputs are made from the same streams: column `n` is element `(n / chunk, n % chunk)`.
+#[derive(Clone, Debug)]
+pub struct Segment {
+    /// Chunks of columns (heads).
+    pub chunks: usize,
+    /// Columns of a chunk.
+    pub chunk: usize,
+    /// The product that each stream is part of, and its rows.
+    pub streams: Vec<(ValueId, Stream)>,
+    /// What is stored: root and the box of its index space.
+    pub pieces: Vec<(ValueId, Piece)>,
+}
+
+impl Segment {
+    /// Columns of each stream.
+    pub fn n(&self) -> usize {
+        self.chunks * self.chunk
+    }
+}
+
+/// Is this a product of rows with a weight, `y[t, n] = sum a[t, k] w[n, k]`? Gives the weight.
+pub fn is_linear(graph: &crate::Graph, id: ValueId) -> Option<ValueId> {
+    let Op::Dot { axes } = &graph[id].op else { return None };
+    let weight = graph[id].operands[1];
+    let form = match (&axes.lhs[..], &axes.rhs[..], &axes.out[..]) {
+        ([t, k], [n, k2], [t2, n2]) => t == t2 && k == k2 && n == n2,
+        _ => false,
+    };
+    let shape = &graph[weight].ty.shape;
+    let float = matches!(graph[weight].ty.dtype, DType::F32 | DType::BF16);
+    let constant = shape.iter().all(|d| d.constant().is_some());
+    (form && float && constant && matches!(graph[weight].op, Op::Weight { .. })).then_some(weight)
+}
+
+/// Reads segments and streams off a group.
+///
+/// # Errors
+///
+/// Where outputs need columns in a way that no packing puts beside each other; `fuse` then takes less into the group.
+pub fn analyse(view: &GroupView<'_>) -> Result<DotGroup, LowerError> {
+    let graph = view.graph;
+    let dots: Vec<ValueId> = view.values.iter().copied().filter(|&v| is_linear(graph, v).is_some()).collect();
+    let Some(&first) = dots.first() else { return Err(view.unsupported("a group without a product")) };
+    let (a, ty) = (graph[first].operands[0], &graph.operand(first, 0).ty);
+    if dots.iter().any(|&d| graph[d].operands[0] != a) {
+        return Err(view.unsupported("products of different operands"));
+    }
+    let k = ty.shape[1].constant().expect("a linear product's width is constant") as usize;
+    let is_dot = |id: ValueId| dots.contains(&id);
+
+    let mut segments: Vec<Segment> = Vec::new();
+    for &root in &view.roots {
+        let source = stored_value(view, root);
+        let cut =
+            pieces(view, source, &is_dot).ok_or_else(|| view.unsupported("an index that is not affine"))?;
+        for piece in cut {
+            let (vars, index) = piece.vars();
+            let mut found = Vec::new();
+            columns(view, &vars, source, &index, &is_dot, &mut found)?;
+            let (chunks, chunk) = match piece.extent[..] {
+                [_, Some(n)] => (1, n as usize),
+                [_, Some(chunks), Some(chunk)] => (chunks as usize, chunk as usize),
+                _ => return Err(view.unsupported("an output that is not rows of columns or of heads")),
+            };
+            let mut streams = Vec::new();
+            for (dot, column) in found {
+                let base = column.base.constant().filter(|&b| b >= 0);
+                let stride = if piece.extent.len() == 3 { column.factor(1) } else { chunk as i64 };
+                let along = column.factor(piece.extent.len() - 1);
+                let (Some(offset), true) = (base, along == 1 && stride > 0) else {
+                    return Err(view.unsupported("columns that are not read in order"));
+                };
+                let weight = graph[dot].operands[1];
+                let stream = Stream { weight, chunk, stride: stride as usize, offset: offset as usize };
+                streams.push((dot, stream));
+            }
+            streams.sort_by_key(|(dot, s)| (*dot, s.offset));
+            let same = |s: &&mut Segment| s.chunks == chunks && s.chunk == chunk && s.streams == streams;
+            match segments.iter_mut().find(same) {
+                Some(segment) => segment.pieces.push((root, piece)),
+                None => segments.push(Segment { chunks, chunk, streams, pieces: vec![(root, piece)] }),
+            }
+        }
+    }
+    // No column may be computed twice, and none may be missing: a product is never duplicated.
+    for &dot in &dots {
+        let width = graph[dot].ty.shape[1].constant().expect("constant width") as usize;
+        // Runs of columns, each chunk one.
+        let mut runs: Vec<(usize, usize)> = Vec::new();
+        for segment in &segments {
+            for (_, stream) in segment.streams.iter().filter(|s| s.0 == dot) {
+                runs.extend(
+                    (0..segment.chunks)
+                        .map(|c| stream.row(c * segment.chunk))
+                        .map(|r| (r, r + segment.chunk)),
+                );
+            }
+        }
+        runs.sort_unstable();
+        let mut end = 0;
+        for (first, last) in runs {
+            match first.cmp(&end) {
+                Ordering::Less => return Err(view.unsupported("a column that two outputs need")),
+                Ordering::Equal => end = last,
+                Ordering::Greater => break,
+            }
+        }
+        if end != width {
+            return Err(view.unsupported("a product with columns that no output needs"));
+        }
+    }
+    Ok(DotGroup { a, m: ty.shape[0], k, dtype: ty.dtype, segments })
+}
+
+/// Collects the products' columns that element `index` of `id` needs.
+fn columns(
+    view: &GroupView<'_>,
+    vars: &Vars,
+    id: ValueId,
+    index: &[Affine],
+    is_dot: &dyn Fn(ValueId) -> bool,
+    found: &mut Vec<(ValueId, Affine)>,
+) -> Result<(), LowerError> {
+    if is_dot(id) {
+        if index[0] != Affine::var(0) {
+            return Err(view.unsupported("rows that an epilogue moves"));
+        }
+        let entry = (id, index[1].clone());
+        if !found.contains(&entry) {
+            found.push(entry);
+        }
+        return Ok(());
+    }
+    if !view.has(id) {
+        return Ok(());
+    }
+    if matches!(view.graph[id].op, Op::Reduce { .. } | Op::Attention { .. } | Op::Argmax | Op::Dot { .. }) {
+        return Err(view.unsupported(format!("%{} after a product", view.graph[id].name)));
+    }
+    for number in 0..view.graph[id].operands.len() {
+        if let Source::At(moved) = operand_index(view.graph, vars, id, index, number) {
+            columns(view, vars, view.graph[id].operands[number], &moved, is_dot, found)?;
+        }
+    }
+    Ok(())
+}
+
+/// The packings that a group's weights need, one a segment.
+pub fn packs(view: &GroupView<'_>, group: &DotGroup) -> Vec<Pack> {
+    let word = if group.dtype == DType::BF16 { 2 } else { 1 };
+    let pack = |(number, segment): (usize, &Segment)| Pack {
+        name: format!("{}.{number}", view.name()),
+        dtype: group.dtype,
+        n: segment.n(),
+        k: group.k,
+        word,
+        streams: segment.streams.iter().map(|(_, stream)| stream.clone()).collect(),
+    };
+    group.segments.iter().enumerate().map(pack).collect()
+}
+
+/// Register tiles that a machine can hold, best first by the model: loads for each multiplication, and how evenly
+/// panels fall on tiles and on two, four and eight workers.
+pub fn default_schedule(view: &GroupView<'_>, target: &Target) -> Result<String, LowerError> {
+    let group = analyse(view)?;
+    let streams = group.segments.iter().map(|s| s.streams.len()).max().unwrap_or(1);
+    let one_row = group.m.constant() == Some(1);
+    let wide = target.registers_per_vector();
+    let mut best: Option<(f64, DotSchedule)> = None;
+    for mr in 1..=if one_row { 1 } else { 12 } {
+        for nr in (streams..=6).filter(|nr| group.segments.iter().all(|s| nr % s.streams.len() == 0)) {
+            // Accumulators, one vector of each column, and a broadcast.
+            if (mr * nr + nr) * wide + 1 > target.vector_registers && mr * nr > streams {
+                continue;
+            }
+            let cost: f64 = group.segments.iter().map(|s| segment_cost(s, group.k, mr, nr, one_row)).sum();
+            if best.is_none_or(|(least, _)| cost < least) {
+                best = Some((cost, DotSchedule { mr, nr, prefetch: 0 }));
+            }
+        }
+    }
+    let (_, schedule) = best.ok_or_else(|| view.unsupported("streams that do not fit a register tile"))?;
+    Ok(schedule::print(&schedule.fields()))
+}
+
+/// Relative cost of a segment: work, times the loads that go with it, times the idle share of workers.
+fn segment_cost(segment: &Segment, k: usize, mr: usize, nr: usize, one_row: bool) -> f64 {
+    let panels = segment.n().div_ceil(Pack::LANES);
+    let per_turn = nr / segment.streams.len();
+    let turns = panels.div_ceil(per_turn);
+    let done = (turns * per_turn) as f64 * segment.streams.len() as f64 * k as f64;
+    let idle: f64 =
+        [2, 4, 8].iter().map(|w| (turns.div_ceil(*w) * w) as f64 / turns as f64).sum::<f64>() / 3.0;
+    // A single row streams weights: two to six vectors a step reach the memory's rate, one does not.
+    let loads = match one_row {
+        true if nr == 1 => 1.2,
+        true => 1.0,
+        false => 1.0 + 0.5 * (mr + nr) as f64 / (mr * nr) as f64 + if mr * nr < 20 { 0.3 } else { 0.0 },
+    };
+    done * loads * idle
+}
+
+/// The kernel of a dot group.
+///
+/// # Errors
+///
+/// As [`analyse`]; and where the schedule does not fit.
+pub fn lower(view: &GroupView<'_>, target: &Target) -> Result<Lowered, LowerError> {
+    let group = analyse(view)?;
+    let text = match &view.graph.groups[view.id.0 as usize].schedule {
+        Some(text) => text.clone(),
+        None => default_schedule(view, target)?,
+    };
+    let schedule = DotSchedule::parse(&text).map_err(|what| LowerError::Schedule {
+        group: view.name().to_string(),
+        schedule: text,
+        what,
+    })?;
+    let mut l = Lowering::new(view);
+    let a = left_operand(&mut l, &group)?;
+    for (number, segment) in group.segments.iter().enumerate() {
+        product(&mut l, &group, &schedule, segment, number, a)?;
+    }
+    Ok(l.finish())
+}
+
+/// The rows of `a` in memory: as they lie there, or made by the prologue in a workspace.
+fn left_operand(l: &mut Lowering<'_, '_>, group: &DotGroup) -> Result<BufferId, LowerError> {
+    let word = if group.dtype == DType::BF16 { 2 } else { 1 };
+    let whole_words = group.k.is_multiple_of(word);
+    if let Some(stored) = stored_left(l.view, group.a).filter(|_| whole_words) {
+        return Ok(l.rows("a", stored));
+    }
+    let columns = group.k.next_multiple_of(word);
+    let a = l.workspace("a", group.dtype, group.m, columns, row_pitch(columns, group.dtype));
+    l.vector_or_scalar(&|l, lanes| {
+        let mut result = Ok(());
+        l.parallel("t", group.m.into(), |l, t| result = left_row(l, group, a, t, lanes));
+        result
+    })?;
+    l.k.barrier();
+    Ok(a)
+}
+
+/// The tensor in memory whose rows are the left operand, if there is one: reshapes that keep the rows are seen through.
+pub fn stored_left(view: &GroupView<'_>, a: ValueId) -> Option<ValueId> {
+    let value = &view.graph[a];
+    if !view.has(a) {
+        return (!matches!(value.op, Op::Constant { .. })).then_some(a);
+    }
+    let operand = *value.operands.first()?;
+    let keeps_rows =
+        matches!(value.op, Op::Reshape) && view.graph[operand].ty.shape.first() == value.ty.shape.first();
+    if keeps_rows { stored_left(view, operand) } else { None }
+}
+
+fn left_row(
+    l: &mut Lowering<'_, '_>,
+    group: &DotGroup,
+    a: BufferId,
+    t: Expr,
+    lanes: u16,
+) -> Result<(), LowerError> {
+    let mut vars = Vars::default();
+    let row = vars.add(t.clone(), group.m.constant());
+    let folds = rowwise::fold(l, &vars, std::slice::from_ref(&row), &[group.a], lanes)?;
+    let leaf = |id: ValueId, _: &[Affine]| folds.iter().find(|f| f.0 == id).map(|f| f.1.clone());
+    l.along(&vars, group.k as i64, lanes, &mut |l, vars, column| {
+        let at = vars.expr(&column);
+        let now = vars.lanes();
+        let mut scope = Scope::new(vars);
+        let x = l.value_at(&mut scope, group.a, &[row.clone(), column], &leaf)?;
+        let has = l.k.kernel().type_of(&x).lanes();
+        l.k.store(a, &[t.clone(), at], x.splat(now / has));
+        Ok(())
+    })?;
+    if group.k % 2 == 1 && group.dtype == DType::BF16 {
+        l.k.store(a, &[t, group.k.into()], Expr::f32(0.0, 1));
+    }
+    Ok(())
+}
+
+/// Elements from row to row, so that rows that are read together do not fall on the same cache sets: a multiple of
+/// 64 bytes, and not of 4 KiB.
+pub fn row_pitch(columns: usize, dtype: DType) -> usize {
+    let line = 64 / dtype.bytes(1);
+    let pitch = columns.next_multiple_of(line);
+    if (pitch * dtype.bytes(1)).is_multiple_of(2048) { pitch + line } else { pitch }
+}
+
+/// One segment: panels split over the workers, `nr` vectors of columns a turn, all rows in tiles of `mr`.
+fn product(
+    l: &mut Lowering<'_, '_>,
+    group: &DotGroup,
+    schedule: &DotSchedule,
+    segment: &Segment,
+    number: usize,
+    a: BufferId,
+) -> Result<(), LowerError> {
+    let DotSchedule { nr, prefetch, .. } = *schedule;
+    let streams = segment.streams.len();
+    if nr % streams != 0 {
+        return Err(LowerError::Schedule {
+            group: l.view.name().to_string(),
+            schedule: schedule::print(&schedule.fields()),
+            what: format!("nr must be a multiple of the {streams} streams"),
+        });
+    }
+    let one_row = group.m.constant() == Some(1);
+    let mr = if one_row { 1 } else { schedule.mr };
+    let name = format!("{}.{number}", l.view.name());
+    let pack_number = l.view.graph.packs.iter().position(|p| p.name == name);
+    let Some(pack_number) = pack_number else { return Err(l.view.unsupported("weights without a layout")) };
+    let pack = l.view.graph.packs[pack_number].clone();
+    let (word, panels, per_turn) = (pack.word, pack.panels(), nr / streams);
+    let w = l.pack("w", pack_number);
+    let tile = l.k.local("tile", DType::F32, &[mr, nr * Pack::LANES]);
+    let vector = Type::Vector { dtype: group.dtype, lanes: LANES * word as u16 };
+
+    let mut result = Ok(());
+    l.parallel("turn", panels.div_ceil(per_turn).into(), |l, turn| {
+        let panel = |j: Expr| {
+            let panel = turn.clone() * per_turn + j;
+            if panels % per_turn == 0 { panel } else { panel.min(panels - 1) }
+        };
+        let mut rows = |l: &mut Lowering<'_, '_>, m: Expr| {
+            let row = |i: Expr| {
+                if one_row { Expr::Int(0) } else { (m.clone() + i).min(Expr::from(group.m) - 1i64) }
+            };
+            let acc = l.k.reg("acc", Type::f32(LANES), &[mr, nr], Some(Expr::f32(0.0, LANES)));
+            let b = l.k.reg("b", vector, &[nr], None);
+            l.k.for_("k", 0usize, pack.words(), 1, |k, at| {
+                k.unroll("j", nr, |k, j| {
+                    let (panel, stream) = (panel(j.clone() / streams), j.clone() % streams);
+                    if prefetch > 0 {
+                        let ahead = at.clone() + prefetch;
+                        k.prefetch(w, &[panel.clone(), stream.clone(), ahead, Expr::Int(0)]);
+                    }
+                    let column = k.load(w, &[panel, stream, at.clone(), Expr::Int(0)], LANES * word as u16);
+                    k.set(b, &[j], column);
+                });
+                k.unroll("i", mr, |k, i| {
+                    let x = k.load(a, &[row(i.clone()), at * word], word as u16);
+                    let x = k.let_("x", x.splat(LANES));
+                    k.unroll("j", nr, |k, j| {
+                        let (sum, column) =
+                            (k.get(acc, &[i.clone(), j.clone()]), k.get(b, std::slice::from_ref(&j)));
+                        let sum = match group.dtype {
+                            DType::BF16 => sum.dot_bf16(x.clone(), column),
+                            _ => x.clone().fma(column, sum),
+                        };
+                        k.set(acc, &[i, j], sum);
+                    });
+                });
+            });
+            l.k.unroll("i", mr, |k, i| {
+                k.unroll("j", nr, |k, j| {
+                    let sum = k.get(acc, &[i.clone(), j.clone()]);
+                    k.store(tile, &[i, j * Pack::LANES], sum);
+                });
+            });
+            let left = Expr::from(group.m) - m.clone();
+            let count = if one_row { Expr::Int(1) } else { left.min(mr) };
+            l.looped("i", count, |l, i| {
+                let t = l.k.let_("t", m.clone() + i.clone());
+                l.looped("p", per_turn.into(), |l, p| {
+                    let at = l.k.let_("panel", panel(p.clone()));
+                    let tile = Tile { buffer: tile, row: i, column: p * (streams * Pack::LANES) };
+                    let ended = epilogue(l, segment, &tile, &t, &at);
+                    result = std::mem::replace(&mut result, Ok(())).and(ended);
+                });
+            });
+        };
+        if one_row {
+            rows(l, Expr::Int(0));
+        } else {
+            l.stepped("m", group.m.into(), mr as i64, rows);
+        }
+    });
+    result
+}
+
+/// Where a finished panel's sums lie: stream `s`, column `c` at `[row, column + 16 s + c]`.
+struct Tile {
+    buffer: BufferId,
+    row: Expr,
+    column: Expr,
+}
+
+/// Stores what the outputs are made of a finished panel: as vectors where 16 columns lie in one chunk, else one by one.
+fn epilogue(
+    l: &mut Lowering<'_, '_>,
+    segment: &Segment,
+    tile: &Tile,
+    t: &Expr,
+    panel: &Expr,
+) -> Result<(), LowerError> {
+    let lanes = Pack::LANES;
+    if segment.chunk.is_multiple_of(lanes) {
+        return vectors(l, segment, tile, t, panel);
+    }
+    if segment.chunks > 1 || segment.chunk < lanes {
+        return scalars(l, segment, tile, t, panel);
+    }
+    // One chunk with a rest: whole panels as vectors, the last one by one.
+    let mut result = Ok(());
+    let whole = segment.chunk / lanes;
+    l.branch(panel.clone().compare(Compare::Lt, whole), |l, holds| {
+        let done =
+            if holds { vectors(l, segment, tile, t, panel) } else { scalars(l, segment, tile, t, panel) };
+        result = std::mem::replace(&mut result, Ok(())).and(done);
+    });
+    result
+}
+
+fn vectors(
+    l: &mut Lowering<'_, '_>,
+    segment: &Segment,
+    tile: &Tile,
+    t: &Expr,
+    panel: &Expr,
+) -> Result<(), LowerError> {
+    let lanes = Pack::LANES;
+    let per_chunk = segment.chunk / lanes;
+    let mut vars = Vars::default();
+    let row = vars.add(t.clone(), None);
+    let (chunk, part) = match segment.chunks {
+        1 => (None, vars.add(panel.clone(), Some(per_chunk as i64))),
+        chunks => {
+            let chunk = l.k.let_("head", panel.clone() / per_chunk);
+            let part = l.k.let_("part", panel.clone() % per_chunk);
+            (Some(vars.add(chunk, Some(chunks as i64))), vars.add(part, Some(per_chunk as i64)))
+        }
+    };
+    let column = part.times(lanes as i64).plus(&vars.add_lane(LANES));
+    outputs(l, segment, tile, vars, row, chunk, column, Expr::Int(0))
+}
+
+fn scalars(
+    l: &mut Lowering<'_, '_>,
+    segment: &Segment,
+    tile: &Tile,
+    t: &Expr,
+    panel: &Expr,
+) -> Result<(), LowerError> {
+    let mut result = Ok(());
+    let left = Expr::from(segment.n()) - panel.clone() * Pack::LANES;
+    l.looped("lane", left.min(Pack::LANES), |l, lane| {
+        let n = l.k.let_("n", panel.clone() * Pack::LANES + lane.clone());
+        let mut vars = Vars::default();
+        let row = vars.add(t.clone(), None);
+        let (chunk, column) = match segment.chunks {
+            1 => (None, vars.add(n, Some(segment.chunk as i64))),
+            chunks => {
+                let chunk = l.k.let_("head", n.clone() / segment.chunk);
+                let column = l.k.let_("part", n % segment.chunk);
+                (Some(vars.add(chunk, Some(chunks as i64))), vars.add(column, Some(segment.chunk as i64)))
+            }
+        };
+        result = outputs(l, segment, tile, vars, row, chunk, column, lane);
+    });
+    result
+}
+
+/// Evaluates and stores each output of a segment at one place; the products' columns come from the tile.
+#[allow(clippy::too_many_arguments)] // the place, coordinate by coordinate
+fn outputs(
+    l: &mut Lowering<'_, '_>,
+    segment: &Segment,
+    tile: &Tile,
+    vars: Vars,
+    row: Affine,
+    chunk: Option<Affine>,
+    column: Affine,
+    lane: Expr,
+) -> Result<(), LowerError> {
+    let lanes = vars.lanes();
+    let mut scope = Scope::new(vars);
+    let sums: Vec<Expr> = (0..segment.streams.len())
+        .map(|stream| {
+            let at = tile.column.clone() + (stream * Pack::LANES) + lane.clone();
+            let sum = l.k.load(tile.buffer, &[tile.row.clone(), at], lanes);
+            l.k.let_("sum", sum)
+        })
+        .collect();
+    let leaf = |id: ValueId, index: &[Affine]| {
+        let offset = index.get(1)?.base.constant()?;
+        let is = |(dot, stream): &(ValueId, Stream)| *dot == id && stream.offset as i64 == offset;
+        segment.streams.iter().position(is).map(|s| sums[s].clone())
+    };
+    for (root, piece) in &segment.pieces {
+        // A single chunk may be an axis of its own, or none.
+        let chunk = chunk.clone().unwrap_or(Affine::constant(Dim::of(0)));
+        let place = match piece.start.len() {
+            2 => vec![row.clone(), column.clone()],
+            _ => vec![row.clone(), chunk, column.clone()],
+        };
+        let index: Vec<Affine> =
+            place.into_iter().zip(&piece.start).map(|(index, &start)| index.offset(Dim::of(start))).collect();
+        let value = l.value_at(&mut scope, stored_value(l.view, *root), &index, &leaf)?;
+        l.store_at(&mut scope, *root, &index, value, &leaf)?;
+    }
+    Ok(())
+}

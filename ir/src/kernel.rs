@@ -1,0 +1,820 @@
+//! Kernel IR: how one kernel computes a group. A structured SPMD language of loops, short vectors and memory.
+//!
+//! * **Values** are scalars and short vectors, named by `let`, written as expressions. What changes from one
+//!   iteration to the next lives in register files ([`Stmt::Reg`]): arrays of vectors that only constants index,
+//!   so that they never reach memory.
+//! * **Memory** is a list of [`Buffer`]s with dtype, shape and strides; every access is checked against them by the
+//!   verifier where it can, else by the interpreter.
+//! * **Control** is `for`, `if`, and `unroll`, whose variable is a constant in each copy of its body.
+//! * **Parallelism**: the body is run by every worker. A `parallel` loop's iterations are split over them, in one
+//!   contiguous piece each; what follows it starts without waiting unless a `barrier` stands between. Statements
+//!   outside of `parallel` may compute and declare, but not store to global memory.
+//!
+//! ```text
+//! kernel @l0.down : dot, schedule "mr 1, nr 4" (T in 1..1) {
+//!   param %x : read bf16[T, 5632]
+//!   param %y : write bf16[T, 2048]
+//!   parallel %p in 0..32 {
+//!     reg %acc : f32x16[4] = f32x16(0.0)
+//!     for %k in 0..2816 {
+//!       let %a = splat(load %x[0, 2 * %k] : bf16x2, 16)
+//!       unroll %j in 0..4 {
+//!         set %acc[%j] = dot.bf16(%acc[%j], %a, load %w[4 * %p + %j, 0, %k, 0] : bf16x32)
+//!       }
+//!     }
+//!   }
+//! }
+//! ```
+
+pub mod interp;
+pub mod parse;
+pub mod print;
+pub mod verify;
+
+use crate::dim::{Dim, Sym, Symbols};
+use crate::dtype::DType;
+use crate::graph::Family;
+use crate::op::{Compare, Reduction, Unary};
+
+/// Lanes of the vectors that families use: 64 bytes of f32. Targets with narrower registers use several, so the order
+/// of a sum is the same on all.
+pub const LANES: u16 = 16;
+
+/// Index of a value (a `let` or a loop variable) in [`Kernel::vars`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct VarId(pub u32);
+
+/// Index of a register file in [`Kernel::regs`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct RegId(pub u32);
+
+/// Index of a buffer in [`Kernel::buffers`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct BufferId(pub u32);
+
+/// One kernel.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Kernel {
+    /// Name in text, without `@`.
+    pub name: String,
+    /// The generator that made it.
+    pub family: Family,
+    /// Text of the schedule it was made with.
+    pub schedule: String,
+    /// Run-time scalars: `T` and what else the shapes name.
+    pub symbols: Symbols,
+    /// Parameters in calling order, then locals.
+    pub buffers: Vec<Buffer>,
+    /// Names and types of values.
+    pub vars: Vec<Var>,
+    /// Names, types and extents of register files.
+    pub regs: Vec<RegFile>,
+    /// What every worker runs.
+    pub body: Vec<Stmt>,
+}
+
+/// Where a buffer lies.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Space {
+    /// Bound by the launch, seen by all workers. Text: `param`.
+    Global(Access),
+    /// One copy a worker, undefined at first. Text: `local`.
+    Local,
+}
+
+/// What a kernel may do to a parameter.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Access {
+    /// Only loads.
+    Read,
+    /// Stores, and loads of what it stored. Everything must be written, except in a `ReadWrite`.
+    Write,
+    /// Updates in place: a cache.
+    ReadWrite,
+}
+
+impl Access {
+    /// Every access.
+    pub const ALL: [Access; 3] = [Access::Read, Access::Write, Access::ReadWrite];
+
+    /// Name in text.
+    pub fn name(self) -> &'static str {
+        match self {
+            Access::Read => "read",
+            Access::Write => "write",
+            Access::ReadWrite => "update",
+        }
+    }
+}
+
+/// Memory that a kernel reads or writes.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Buffer {
+    /// Name in text, without `%`.
+    pub name: String,
+    /// Where it lies.
+    pub space: Space,
+    /// Element type.
+    pub dtype: DType,
+    /// Extents; an index must lie inside on every axis.
+    pub shape: Vec<Dim>,
+    /// Elements from one index to the next on each axis; the last is 1.
+    pub strides: Vec<i64>,
+}
+
+/// Row-major strides; extents behind the first must be constant.
+///
+/// # Panics
+///
+/// On a symbolic extent behind axis 0.
+pub fn row_major(shape: &[Dim]) -> Vec<i64> {
+    row_major_checked(shape).expect("constant extents behind axis 0")
+}
+
+/// Row-major strides; `None` where an extent behind the first has a symbol, or the product is too large.
+pub fn row_major_checked(shape: &[Dim]) -> Option<Vec<i64>> {
+    let mut strides = vec![1i64; shape.len()];
+    for axis in (1..shape.len()).rev() {
+        strides[axis - 1] = strides[axis].checked_mul(shape[axis].constant()?)?;
+    }
+    Some(strides)
+}
+
+/// Type of a value in a register.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Type {
+    /// A 64-bit signed number that counts: sizes, positions.
+    Index,
+    /// A truth value from comparing indices.
+    Flag,
+    /// One or more elements of a dtype. Arithmetic is on f32 (and comparisons on i32); the others are stored, loaded,
+    /// cast, splat and fed to machine ops.
+    Vector {
+        /// Element type.
+        dtype: DType,
+        /// 1 for a scalar.
+        lanes: u16,
+    },
+}
+
+impl Type {
+    /// f32 vector of so many lanes.
+    pub const fn f32(lanes: u16) -> Type {
+        Type::Vector { dtype: DType::F32, lanes }
+    }
+
+    /// Lanes of a vector; 1 for an index.
+    pub fn lanes(self) -> u16 {
+        match self {
+            Type::Index | Type::Flag => 1,
+            Type::Vector { lanes, .. } => lanes,
+        }
+    }
+}
+
+impl std::fmt::Display for Type {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Type::Index => f.write_str("index"),
+            Type::Flag => f.write_str("flag"),
+            Type::Vector { dtype, lanes: 1 } => write!(f, "{dtype}"),
+            Type::Vector { dtype, lanes } => write!(f, "{dtype}x{lanes}"),
+        }
+    }
+}
+
+/// A named value.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Var {
+    /// Name in text, without `%`; unique in the kernel.
+    pub name: String,
+    /// Its type.
+    pub ty: Type,
+}
+
+/// An array of registers.
+#[derive(Clone, Debug, PartialEq)]
+pub struct RegFile {
+    /// Name in text, without `%`; unique in the kernel.
+    pub name: String,
+    /// Type of each.
+    pub ty: Type,
+    /// Extents; empty for a single register.
+    pub dims: Vec<u16>,
+}
+
+impl RegFile {
+    /// Number of registers.
+    pub fn len(&self) -> usize {
+        self.dims.iter().map(|&d| d as usize).product()
+    }
+
+    /// Has it no registers?
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}
+
+/// Arithmetic on two values of one type. Text: infix, and `min(a, b)`, `max(a, b)`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[allow(missing_docs)] // the names say it
+pub enum Arith {
+    Add,
+    Sub,
+    Mul,
+    /// On indices: towards minus infinity; the verifier wants a positive constant divisor.
+    Div,
+    /// On indices only, not negative; the verifier wants a positive constant divisor.
+    Rem,
+    /// On floats the second operand where either is NaN (x86's rule, and the cheapest).
+    Min,
+    /// As `Min`.
+    Max,
+}
+
+impl Arith {
+    /// Every operation.
+    pub const ALL: [Arith; 7] =
+        [Arith::Add, Arith::Sub, Arith::Mul, Arith::Div, Arith::Rem, Arith::Min, Arith::Max];
+
+    /// Sign or name in text.
+    pub fn name(self) -> &'static str {
+        match self {
+            Arith::Add => "+",
+            Arith::Sub => "-",
+            Arith::Mul => "*",
+            Arith::Div => "/",
+            Arith::Rem => "%",
+            Arith::Min => "min",
+            Arith::Max => "max",
+        }
+    }
+}
+
+/// A pure computation.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Expr {
+    /// An index constant.
+    Int(i64),
+    /// A run-time scalar of the launch; an index.
+    Sym(Sym),
+    /// A named value.
+    Var(VarId),
+    /// A literal in every lane: `f32x16(0.0)`.
+    Const {
+        /// The number; rounded to the type.
+        value: f64,
+        /// Type of the literal.
+        ty: Type,
+    },
+    /// A register: `%acc[%i, 2]`. Indices are constants once unrolled.
+    Reg {
+        /// The register file.
+        reg: RegId,
+        /// One index an axis.
+        index: Vec<Expr>,
+    },
+    /// Consecutive elements from memory: `load %x[%t, %k] : bf16x2`.
+    Load {
+        /// From where.
+        buffer: BufferId,
+        /// One index an axis; lanes run along the last.
+        index: Vec<Expr>,
+        /// Lanes taken.
+        lanes: u16,
+    },
+    /// Arithmetic, lane by lane.
+    Arith(Arith, Box<Expr>, Box<Expr>),
+    /// `fma(a, b, c) = a * b + c`, rounded once.
+    Fma(Box<Expr>, Box<Expr>, Box<Expr>),
+    /// A function of each f32 lane: `exp(%x)`.
+    Unary(Unary, Box<Expr>),
+    /// A relation: a flag for indices, `bool` lanes for vectors: `lt(%a, %b)`.
+    Compare(Compare, Box<Expr>, Box<Expr>),
+    /// `select(c, a, b)`, lane by lane.
+    Select(Box<Expr>, Box<Expr>, Box<Expr>),
+    /// The lanes of a value, repeated `times` times: `splat(%a, 16)`.
+    Splat {
+        /// What is repeated.
+        value: Box<Expr>,
+        /// How often.
+        times: u16,
+    },
+    /// Lanes `start..start + lanes`; those beyond the end are zero: `lanes(%v, 0, 8)`.
+    Lanes {
+        /// Whence they come.
+        value: Box<Expr>,
+        /// First lane.
+        start: u16,
+        /// How many.
+        lanes: u16,
+    },
+    /// `0, 1, 2, ...` in i32: `iota(16)`.
+    Iota {
+        /// How many.
+        lanes: u16,
+    },
+    /// Another dtype, rounded to nearest even: `cast(%v, bf16)`. From an index: to i32 or f32.
+    Cast {
+        /// What is converted.
+        value: Box<Expr>,
+        /// To what.
+        dtype: DType,
+    },
+    /// An i32 scalar as an index: `index(load %pos[%t] : i32)`.
+    Index(Box<Expr>),
+    /// Folds the lanes by halves (lane `i` with lane `i + n/2`, and so on): a scalar: `reduce.sum(%v)`.
+    Reduce(Reduction, Box<Expr>),
+    /// `dot.bf16(acc, a, b)`: lane `i` of `acc` plus the products of lanes `2i` and `2i + 1`, in f32. The rounding
+    /// between the two, and of subnormals, is the machine's (`vdpbf16ps`; elsewhere two FMAs).
+    DotBf16(Box<Expr>, Box<Expr>, Box<Expr>),
+}
+
+/// One step of a kernel.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Stmt {
+    /// Names a value, seen until the end of the block.
+    Let {
+        /// The name.
+        var: VarId,
+        /// The value.
+        value: Expr,
+    },
+    /// Declares registers, seen until the end of the block; each starts as `init`, or undefined.
+    Reg {
+        /// The file.
+        reg: RegId,
+        /// First content of each.
+        init: Option<Expr>,
+    },
+    /// Writes a register.
+    Set {
+        /// The file.
+        reg: RegId,
+        /// Which register; constants once unrolled.
+        index: Vec<Expr>,
+        /// New content.
+        value: Expr,
+    },
+    /// Writes consecutive elements along the last axis.
+    Store {
+        /// To where.
+        buffer: BufferId,
+        /// One index an axis.
+        index: Vec<Expr>,
+        /// What; its dtype is the buffer's.
+        value: Expr,
+    },
+    /// Asks for a cache line early. It may lie outside the buffer.
+    Prefetch {
+        /// From where.
+        buffer: BufferId,
+        /// One index an axis.
+        index: Vec<Expr>,
+    },
+    /// `for %i in lo..hi step s`.
+    For {
+        /// The index.
+        var: VarId,
+        /// First value.
+        lo: Expr,
+        /// End, not reached.
+        hi: Expr,
+        /// Positive.
+        step: i64,
+        /// Body.
+        body: Vec<Stmt>,
+    },
+    /// A loop copied out: its variable is a constant in each copy.
+    Unroll {
+        /// The index.
+        var: VarId,
+        /// Number of copies; the index counts from 0.
+        count: i64,
+        /// Body.
+        body: Vec<Stmt>,
+    },
+    /// A loop whose iterations are split over the workers. Only in a kernel's outermost block.
+    Parallel {
+        /// The index.
+        var: VarId,
+        /// End, not reached; the index counts from 0.
+        count: Expr,
+        /// Body.
+        body: Vec<Stmt>,
+    },
+    /// Runs one of two blocks.
+    If {
+        /// A flag.
+        cond: Expr,
+        /// If it holds.
+        then: Vec<Stmt>,
+        /// If not.
+        otherwise: Vec<Stmt>,
+    },
+    /// Waits for all workers; what they stored is then seen by all. Only in a kernel's outermost block.
+    Barrier,
+}
+
+impl std::ops::Index<BufferId> for Kernel {
+    type Output = Buffer;
+    fn index(&self, id: BufferId) -> &Buffer {
+        &self.buffers[id.0 as usize]
+    }
+}
+
+impl std::ops::Index<RegId> for Kernel {
+    type Output = RegFile;
+    fn index(&self, id: RegId) -> &RegFile {
+        &self.regs[id.0 as usize]
+    }
+}
+
+impl std::ops::Index<VarId> for Kernel {
+    type Output = Var;
+    fn index(&self, id: VarId) -> &Var {
+        &self.vars[id.0 as usize]
+    }
+}
+
+impl Kernel {
+    /// The parameters, in calling order.
+    pub fn params(&self) -> impl Iterator<Item = (BufferId, &Buffer)> {
+        let ids = (0..).map(BufferId).zip(&self.buffers);
+        ids.filter(|(_, buffer)| matches!(buffer.space, Space::Global(_)))
+    }
+
+    /// The type of an expression of this kernel, as its parts say; the verifier checks that they fit.
+    pub fn type_of(&self, expr: &Expr) -> Type {
+        match expr {
+            Expr::Int(_) | Expr::Sym(_) | Expr::Index(_) => Type::Index,
+            Expr::Var(var) => self[*var].ty,
+            Expr::Const { ty, .. } => *ty,
+            Expr::Reg { reg, .. } => self[*reg].ty,
+            Expr::Load { buffer, lanes, .. } => Type::Vector { dtype: self[*buffer].dtype, lanes: *lanes },
+            Expr::Arith(_, a, _) | Expr::Fma(a, _, _) | Expr::Unary(_, a) | Expr::DotBf16(a, _, _) => {
+                self.type_of(a)
+            }
+            Expr::Compare(_, a, _) => match self.type_of(a) {
+                Type::Vector { lanes, .. } => Type::Vector { dtype: DType::Bool, lanes },
+                Type::Index | Type::Flag => Type::Flag,
+            },
+            Expr::Select(_, a, _) => self.type_of(a),
+            Expr::Splat { value, times } => match self.type_of(value) {
+                Type::Vector { dtype, lanes } => Type::Vector { dtype, lanes: lanes.saturating_mul(*times) },
+                other => other,
+            },
+            Expr::Lanes { value, lanes, .. } => match self.type_of(value) {
+                Type::Vector { dtype, .. } => Type::Vector { dtype, lanes: *lanes },
+                other => other,
+            },
+            Expr::Iota { lanes } => Type::Vector { dtype: DType::I32, lanes: *lanes },
+            Expr::Cast { value, dtype } => Type::Vector { dtype: *dtype, lanes: self.type_of(value).lanes() },
+            Expr::Reduce(_, value) => match self.type_of(value) {
+                Type::Vector { dtype, .. } => Type::Vector { dtype, lanes: 1 },
+                other => other,
+            },
+        }
+    }
+}
+
+// Expressions are written with the usual signs. (Constant folding here keeps the text of kernels readable.)
+
+impl Expr {
+    /// An f32 literal in each of `lanes` lanes.
+    pub fn f32(value: f64, lanes: u16) -> Expr {
+        Expr::Const { value, ty: Type::f32(lanes) }
+    }
+
+    fn arith(op: Arith, a: Expr, b: Expr) -> Expr {
+        match (op, &a, &b) {
+            (Arith::Add, Expr::Int(x), Expr::Int(y)) => Expr::Int(x + y),
+            (Arith::Sub, Expr::Int(x), Expr::Int(y)) => Expr::Int(x - y),
+            (Arith::Mul, Expr::Int(x), Expr::Int(y)) => Expr::Int(x * y),
+            (Arith::Div, Expr::Int(x), Expr::Int(y)) => Expr::Int(x.div_euclid(*y)),
+            (Arith::Rem, Expr::Int(x), Expr::Int(y)) => Expr::Int(x.rem_euclid(*y)),
+            (Arith::Min, Expr::Int(x), Expr::Int(y)) => Expr::Int(*x.min(y)),
+            (Arith::Max, Expr::Int(x), Expr::Int(y)) => Expr::Int(*x.max(y)),
+            (Arith::Add, Expr::Int(0), _) => b,
+            (Arith::Add | Arith::Sub, _, Expr::Int(0)) => a,
+            (Arith::Mul, Expr::Int(1), _) => b,
+            (Arith::Mul | Arith::Div, _, Expr::Int(1)) => a,
+            (Arith::Mul, Expr::Int(0), _) | (Arith::Mul, _, Expr::Int(0)) => Expr::Int(0),
+            (Arith::Rem, _, Expr::Int(1)) => Expr::Int(0),
+            _ => Expr::Arith(op, Box::new(a), Box::new(b)),
+        }
+    }
+
+    /// The smaller.
+    pub fn min(self, other: impl Into<Expr>) -> Expr {
+        Expr::arith(Arith::Min, self, other.into())
+    }
+
+    /// The larger.
+    pub fn max(self, other: impl Into<Expr>) -> Expr {
+        Expr::arith(Arith::Max, self, other.into())
+    }
+
+    /// `self * b + c`, rounded once.
+    pub fn fma(self, b: Expr, c: Expr) -> Expr {
+        Expr::Fma(Box::new(self), Box::new(b), Box::new(c))
+    }
+
+    /// A function of each lane.
+    pub fn unary(self, op: Unary) -> Expr {
+        Expr::Unary(op, Box::new(self))
+    }
+
+    /// A relation.
+    pub fn compare(self, op: Compare, other: impl Into<Expr>) -> Expr {
+        Expr::Compare(op, Box::new(self), Box::new(other.into()))
+    }
+
+    /// `a` where `self` holds, else `b`.
+    pub fn select(self, a: Expr, b: Expr) -> Expr {
+        Expr::Select(Box::new(self), Box::new(a), Box::new(b))
+    }
+
+    /// The lanes repeated; nothing for once.
+    pub fn splat(self, times: u16) -> Expr {
+        if times == 1 { self } else { Expr::Splat { value: Box::new(self), times } }
+    }
+
+    /// Some of the lanes, zero beyond the end.
+    pub fn lanes(self, start: u16, lanes: u16) -> Expr {
+        Expr::Lanes { value: Box::new(self), start, lanes }
+    }
+
+    /// Converted to another dtype.
+    pub fn cast(self, dtype: DType) -> Expr {
+        Expr::Cast { value: Box::new(self), dtype }
+    }
+
+    /// An i32 scalar as an index.
+    pub fn index(self) -> Expr {
+        Expr::Index(Box::new(self))
+    }
+
+    /// The lanes folded to one.
+    pub fn reduce(self, kind: Reduction) -> Expr {
+        Expr::Reduce(kind, Box::new(self))
+    }
+
+    /// `self` plus products of pairs. See [`Expr::DotBf16`].
+    pub fn dot_bf16(self, a: Expr, b: Expr) -> Expr {
+        Expr::DotBf16(Box::new(self), Box::new(a), Box::new(b))
+    }
+}
+
+impl From<i64> for Expr {
+    fn from(x: i64) -> Expr {
+        Expr::Int(x)
+    }
+}
+
+impl From<usize> for Expr {
+    fn from(x: usize) -> Expr {
+        Expr::Int(x as i64)
+    }
+}
+
+impl From<Dim> for Expr {
+    fn from(dim: Dim) -> Expr {
+        let terms = dim.coef.iter().enumerate().filter(|(_, c)| **c != 0);
+        let sum = terms.fold(Expr::Int(0), |sum, (i, &c)| {
+            let term = Expr::Sym(Sym(i as u8)) * i64::from(c);
+            if sum == Expr::Int(0) { term } else { sum + term }
+        });
+        sum + dim.base
+    }
+}
+
+macro_rules! signs {
+    ($($name:ident $method:ident),*) => {$(
+        impl<E: Into<Expr>> std::ops::$name<E> for Expr {
+            type Output = Expr;
+            fn $method(self, other: E) -> Expr {
+                Expr::arith(Arith::$name, self, other.into())
+            }
+        }
+    )*};
+}
+signs!(Add add, Sub sub, Mul mul, Div div, Rem rem);
+
+/// Writes a kernel statement by statement. Names are made unique as they come.
+///
+/// # Panics
+///
+/// Methods panic on misuse by a family's own code; kernels from text go through the parser and verifier.
+#[derive(Clone, Debug)]
+pub struct Builder {
+    kernel: Kernel,
+    /// The block being written, innermost last.
+    blocks: Vec<Vec<Stmt>>,
+}
+
+impl Builder {
+    /// An empty kernel.
+    pub fn new(name: &str, family: Family, schedule: String, symbols: Symbols) -> Builder {
+        let kernel = Kernel {
+            name: name.to_string(),
+            family,
+            schedule,
+            symbols,
+            buffers: Vec::new(),
+            vars: Vec::new(),
+            regs: Vec::new(),
+            body: Vec::new(),
+        };
+        Builder { kernel, blocks: vec![Vec::new()] }
+    }
+
+    /// Ends the kernel.
+    pub fn finish(mut self) -> Kernel {
+        self.kernel.body = self.blocks.pop().expect("the outermost block");
+        assert!(self.blocks.is_empty(), "a block was left open");
+        self.kernel
+    }
+
+    /// The kernel so far, for its types.
+    pub fn kernel(&self) -> &Kernel {
+        &self.kernel
+    }
+
+    fn unique(&self, name: &str) -> String {
+        let taken = |n: &str| {
+            self.kernel.vars.iter().any(|v| v.name == n)
+                || self.kernel.regs.iter().any(|r| r.name == n)
+                || self.kernel.buffers.iter().any(|b| b.name == n)
+        };
+        if !taken(name) {
+            return name.to_string();
+        }
+        (1..).map(|i| format!("{name}.{i}")).find(|n| !taken(n)).expect("numbers do not end")
+    }
+
+    fn push(&mut self, stmt: Stmt) {
+        self.blocks.last_mut().expect("an open block").push(stmt);
+    }
+
+    /// Opens a block; what follows is written into it.
+    pub fn open(&mut self) {
+        self.blocks.push(Vec::new());
+    }
+
+    /// Ends the block and takes it out.
+    pub fn close(&mut self) -> Vec<Stmt> {
+        assert!(self.blocks.len() > 1, "no block is open");
+        self.blocks.pop().expect("just counted")
+    }
+
+    /// Names a loop variable and opens the loop's body.
+    pub fn open_loop(&mut self, name: &str) -> VarId {
+        let var = self.var(name, Type::Index);
+        self.open();
+        var
+    }
+
+    /// Ends the body of `for var in lo..hi step step`.
+    pub fn close_for(&mut self, var: VarId, lo: Expr, hi: Expr, step: i64) {
+        let body = self.close();
+        self.push(Stmt::For { var, lo, hi, step, body });
+    }
+
+    /// Ends the body of `parallel var in 0..count`.
+    pub fn close_parallel(&mut self, var: VarId, count: Expr) {
+        let body = self.close();
+        self.push(Stmt::Parallel { var, count, body });
+    }
+
+    /// Runs one of two blocks that were closed before.
+    pub fn if_else(&mut self, cond: Expr, then: Vec<Stmt>, otherwise: Vec<Stmt>) {
+        self.push(Stmt::If { cond, then, otherwise });
+    }
+
+    fn var(&mut self, name: &str, ty: Type) -> VarId {
+        let name = self.unique(name);
+        self.kernel.vars.push(Var { name, ty });
+        VarId(self.kernel.vars.len() as u32 - 1)
+    }
+
+    /// Adds a buffer; `strides` of `None` are row-major.
+    pub fn buffer(
+        &mut self,
+        name: &str,
+        space: Space,
+        dtype: DType,
+        shape: &[Dim],
+        strides: Option<Vec<i64>>,
+    ) -> BufferId {
+        let strides = strides.unwrap_or_else(|| row_major(shape));
+        let name = self.unique(name);
+        self.kernel.buffers.push(Buffer { name, space, dtype, shape: shape.to_vec(), strides });
+        BufferId(self.kernel.buffers.len() as u32 - 1)
+    }
+
+    /// Adds a per-worker buffer of constant shape.
+    pub fn local(&mut self, name: &str, dtype: DType, shape: &[usize]) -> BufferId {
+        let shape: Vec<Dim> = shape.iter().map(|&n| n.into()).collect();
+        self.buffer(name, Space::Local, dtype, &shape, None)
+    }
+
+    /// Names a value.
+    pub fn let_(&mut self, name: &str, value: Expr) -> Expr {
+        if matches!(value, Expr::Int(_) | Expr::Var(_) | Expr::Sym(_)) {
+            return value; // It has a name, or needs none.
+        }
+        let ty = self.kernel.type_of(&value);
+        let var = self.var(name, ty);
+        self.push(Stmt::Let { var, value });
+        Expr::Var(var)
+    }
+
+    /// Declares registers.
+    pub fn reg(&mut self, name: &str, ty: Type, dims: &[usize], init: Option<Expr>) -> RegId {
+        let name = self.unique(name);
+        let dims = dims.iter().map(|&d| d as u16).collect();
+        self.kernel.regs.push(RegFile { name, ty, dims });
+        let reg = RegId(self.kernel.regs.len() as u32 - 1);
+        self.push(Stmt::Reg { reg, init });
+        reg
+    }
+
+    /// Reads a register.
+    pub fn get(&self, reg: RegId, index: &[Expr]) -> Expr {
+        Expr::Reg { reg, index: index.to_vec() }
+    }
+
+    /// Writes a register.
+    pub fn set(&mut self, reg: RegId, index: &[Expr], value: Expr) {
+        self.push(Stmt::Set { reg, index: index.to_vec(), value });
+    }
+
+    /// Consecutive elements from memory.
+    pub fn load(&self, buffer: BufferId, index: &[Expr], lanes: u16) -> Expr {
+        Expr::Load { buffer, index: index.to_vec(), lanes }
+    }
+
+    /// Writes consecutive elements, rounded to the buffer's dtype.
+    pub fn store(&mut self, buffer: BufferId, index: &[Expr], value: Expr) {
+        let dtype = self.kernel[buffer].dtype;
+        let is = self.kernel.type_of(&value);
+        let same = matches!(is, Type::Vector { dtype: d, .. } if d == dtype);
+        let value = if same { value } else { value.cast(dtype) };
+        self.push(Stmt::Store { buffer, index: index.to_vec(), value });
+    }
+
+    /// Asks for a cache line early.
+    pub fn prefetch(&mut self, buffer: BufferId, index: &[Expr]) {
+        self.push(Stmt::Prefetch { buffer, index: index.to_vec() });
+    }
+
+    /// `for name in lo..hi step s`; nothing for a loop that surely has no iteration.
+    pub fn for_(
+        &mut self,
+        name: &str,
+        lo: impl Into<Expr>,
+        hi: impl Into<Expr>,
+        step: i64,
+        body: impl FnOnce(&mut Builder, Expr),
+    ) {
+        let (lo, hi) = (lo.into(), hi.into());
+        if matches!((&lo, &hi), (Expr::Int(lo), Expr::Int(hi)) if lo >= hi) {
+            return;
+        }
+        let var = self.open_loop(name);
+        body(self, Expr::Var(var));
+        self.close_for(var, lo, hi, step);
+    }
+
+    /// Copies of a body; one copy needs no loop.
+    pub fn unroll(&mut self, name: &str, count: usize, body: impl FnOnce(&mut Builder, Expr)) {
+        if count == 1 {
+            return body(self, Expr::Int(0));
+        }
+        let var = self.open_loop(name);
+        body(self, Expr::Var(var));
+        let body = self.close();
+        self.push(Stmt::Unroll { var, count: count as i64, body });
+    }
+
+    /// A loop split over the workers.
+    pub fn parallel(&mut self, name: &str, count: impl Into<Expr>, body: impl FnOnce(&mut Builder, Expr)) {
+        let var = self.open_loop(name);
+        body(self, Expr::Var(var));
+        self.close_parallel(var, count.into());
+    }
+
+    /// Runs the body where the flag holds.
+    pub fn if_(&mut self, cond: Expr, then: impl FnOnce(&mut Builder)) {
+        self.open();
+        then(self);
+        let then = self.close();
+        self.if_else(cond, then, Vec::new());
+    }
+
+    /// Waits for all workers.
+    pub fn barrier(&mut self) {
+        self.push(Stmt::Barrier);
+    }
+}

@@ -1,0 +1,204 @@
+//! Text of kernels: one statement a line. `parse(print(k)) == [k]` for every kernel that the verifier accepts.
+//!
+//! Arithmetic is infix; parentheses stand only where another tree would be read without them. Strides are printed
+//! where they are not row-major, `step` where it is not 1.
+
+use super::{
+    Arith, Buffer, BufferId, Expr, Kernel, RegFile, RegId, Space, Stmt, Type, VarId, row_major_checked,
+};
+use std::fmt::{self, Display, Formatter, Write};
+
+impl Display for Kernel {
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        write!(f, "kernel @{} : {}, schedule {}", self.name, self.family.name(), quoted(&self.schedule))?;
+        if !self.symbols.0.is_empty() {
+            let symbols = self.symbols.0.iter().map(|s| format!("{} in {}..{}", s.name, s.min, s.max));
+            write!(f, " ({})", symbols.collect::<Vec<_>>().join(", "))?;
+        }
+        f.write_str(" {\n")?;
+        for buffer in &self.buffers {
+            writeln!(f, "  {}", declaration(self, buffer))?;
+        }
+        let mut body = String::new();
+        block(self, &self.body, 1, &mut body);
+        f.write_str(&body)?;
+        f.write_str("}\n")
+    }
+}
+
+/// The line that declares a buffer: `param %x : read bf16[T, 64]`.
+pub fn declaration(kernel: &Kernel, buffer: &Buffer) -> String {
+    let kind = match buffer.space {
+        Space::Global(_) => "param",
+        Space::Local => "local",
+    };
+    let access = match buffer.space {
+        Space::Global(access) => format!("{} ", access.name()),
+        Space::Local => String::new(),
+    };
+    let shape: Vec<String> = buffer.shape.iter().map(|&dim| kernel.symbols.show(dim)).collect();
+    let mut text = format!("{kind} %{} : {access}{}[{}]", buffer.name, buffer.dtype, shape.join(", "));
+    if row_major_checked(&buffer.shape).as_ref() != Some(&buffer.strides) {
+        let strides: Vec<String> = buffer.strides.iter().map(i64::to_string).collect();
+        text += &format!(" strides [{}]", strides.join(", "));
+    }
+    text
+}
+
+/// The first line of a statement, without the brace that opens its body.
+pub fn head(kernel: &Kernel, stmt: &Stmt) -> String {
+    let of = |value: &Expr| expr(kernel, value);
+    match stmt {
+        Stmt::Let { var, value } => format!("let {} = {}", var_name(kernel, *var), of(value)),
+        Stmt::Reg { reg, init } => {
+            let init = init.as_ref().map_or(String::new(), |init| format!(" = {}", of(init)));
+            match kernel.regs.get(reg.0 as usize) {
+                Some(RegFile { name, ty, dims }) if dims.is_empty() => format!("reg %{name} : {ty}{init}"),
+                Some(RegFile { name, ty, dims }) => format!("reg %{name} : {ty}{dims:?}{init}"),
+                None => format!("reg {}{init}", reg_name(kernel, *reg)),
+            }
+        }
+        Stmt::Set { reg, index, value } => format!("set {} = {}", register(kernel, *reg, index), of(value)),
+        Stmt::Store { buffer, index, value } => {
+            format!("store {} = {}", element(kernel, *buffer, index), of(value))
+        }
+        Stmt::Prefetch { buffer, index } => format!("prefetch {}", element(kernel, *buffer, index)),
+        Stmt::For { var, lo, hi, step, .. } => {
+            let step = if *step == 1 { String::new() } else { format!(" step {step}") };
+            format!("for {} in {}..{}{step}", var_name(kernel, *var), of(lo), of(hi))
+        }
+        Stmt::Unroll { var, count, .. } => format!("unroll {} in 0..{count}", var_name(kernel, *var)),
+        Stmt::Parallel { var, count, .. } => {
+            format!("parallel {} in 0..{}", var_name(kernel, *var), of(count))
+        }
+        Stmt::If { cond, .. } => format!("if {}", of(cond)),
+        Stmt::Barrier => "barrier".to_string(),
+    }
+}
+
+/// An expression, on one line.
+pub fn expr(kernel: &Kernel, value: &Expr) -> String {
+    let of = |part: &Expr| expr(kernel, part);
+    let call = |name: &str, parts: &[&Expr]| {
+        format!("{name}({})", parts.iter().map(|p| of(p)).collect::<Vec<_>>().join(", "))
+    };
+    match value {
+        Expr::Int(x) => x.to_string(),
+        Expr::Sym(sym) => match kernel.symbols.0.get(sym.0 as usize) {
+            Some(symbol) => symbol.name.clone(),
+            None => format!("?{}", sym.0),
+        },
+        Expr::Var(var) => var_name(kernel, *var),
+        Expr::Const { value, ty } => format!("{ty}({})", number(*value, *ty)),
+        Expr::Reg { reg, index } => register(kernel, *reg, index),
+        Expr::Load { buffer, index, .. } => {
+            // Only a kernel that the verifier refuses has no such buffer.
+            let known = (buffer.0 as usize) < kernel.buffers.len();
+            let ty = if known { kernel.type_of(value).to_string() } else { "?".to_string() };
+            format!("load {} : {ty}", element(kernel, *buffer, index))
+        }
+        Expr::Arith(op @ (Arith::Min | Arith::Max), a, b) => call(op.name(), &[a, b]),
+        Expr::Arith(op, a, b) => {
+            let own = precedence(value);
+            let side = |part: &Expr, least: u8| {
+                if precedence(part) < least { format!("({})", of(part)) } else { of(part) }
+            };
+            format!("{} {} {}", side(a, own), op.name(), side(b, own + 1))
+        }
+        Expr::Fma(a, b, c) => call("fma", &[a, b, c]),
+        Expr::Unary(op, a) => call(op.facts().name, &[a]),
+        Expr::Compare(op, a, b) => call(op.name(), &[a, b]),
+        Expr::Select(c, a, b) => call("select", &[c, a, b]),
+        Expr::Splat { value, times } => format!("splat({}, {times})", of(value)),
+        Expr::Lanes { value, start, lanes } => format!("lanes({}, {start}, {lanes})", of(value)),
+        Expr::Iota { lanes } => format!("iota({lanes})"),
+        Expr::Cast { value, dtype } => format!("cast({}, {dtype})", of(value)),
+        Expr::Index(a) => call("index", &[a]),
+        Expr::Reduce(kind, a) => call(&format!("reduce.{}", kind.name()), &[a]),
+        Expr::DotBf16(acc, a, b) => call("dot.bf16", &[acc, a, b]),
+    }
+}
+
+fn block(kernel: &Kernel, stmts: &[Stmt], depth: usize, out: &mut String) {
+    let indent = "  ".repeat(depth);
+    for stmt in stmts {
+        *out += &indent;
+        *out += &head(kernel, stmt);
+        match stmt {
+            Stmt::For { body, .. } | Stmt::Unroll { body, .. } | Stmt::Parallel { body, .. } => {
+                *out += " {\n";
+                block(kernel, body, depth + 1, out);
+                let _ = write!(out, "{indent}}}");
+            }
+            Stmt::If { then, otherwise, .. } => {
+                *out += " {\n";
+                block(kernel, then, depth + 1, out);
+                if !otherwise.is_empty() {
+                    let _ = writeln!(out, "{indent}}} else {{");
+                    block(kernel, otherwise, depth + 1, out);
+                }
+                let _ = write!(out, "{indent}}}");
+            }
+            Stmt::Let { .. }
+            | Stmt::Reg { .. }
+            | Stmt::Set { .. }
+            | Stmt::Store { .. }
+            | Stmt::Prefetch { .. }
+            | Stmt::Barrier => {}
+        }
+        out.push('\n');
+    }
+}
+
+/// 1 for sums, 2 for products, 3 for what needs no parentheses anywhere.
+pub(super) fn precedence(value: &Expr) -> u8 {
+    match value {
+        Expr::Arith(Arith::Add | Arith::Sub, _, _) => 1,
+        Expr::Arith(Arith::Mul | Arith::Div | Arith::Rem, _, _) => 2,
+        _ => 3,
+    }
+}
+
+/// Digits that read back as the same f64: as an integer where the dtype is one.
+fn number(value: f64, ty: Type) -> String {
+    let whole = value as i64;
+    let integer = matches!(ty, Type::Vector { dtype, .. } if !dtype.is_float());
+    let exact =
+        whole as f64 == value && whole.unsigned_abs() < 1 << 53 && (value != 0.0 || value.is_sign_positive());
+    match (integer && exact, value.is_nan()) {
+        (true, _) => whole.to_string(),
+        (false, true) => "nan".to_string(),
+        (false, false) => format!("{value:?}"),
+    }
+}
+
+fn quoted(text: &str) -> String {
+    format!("\"{}\"", text.replace('\\', "\\\\").replace('"', "\\\"").replace('\n', "\\n"))
+}
+
+/// `%name`, or `%?3` for an id that the kernel does not have: errors about such a kernel are printed too.
+fn named(name: Option<&String>, id: u32) -> String {
+    name.map_or_else(|| format!("%?{id}"), |name| format!("%{name}"))
+}
+
+fn var_name(kernel: &Kernel, var: VarId) -> String {
+    named(kernel.vars.get(var.0 as usize).map(|v| &v.name), var.0)
+}
+
+fn reg_name(kernel: &Kernel, reg: RegId) -> String {
+    named(kernel.regs.get(reg.0 as usize).map(|r| &r.name), reg.0)
+}
+
+fn register(kernel: &Kernel, reg: RegId, index: &[Expr]) -> String {
+    let brackets = if index.is_empty() { String::new() } else { format!("[{}]", list(kernel, index)) };
+    reg_name(kernel, reg) + &brackets
+}
+
+fn element(kernel: &Kernel, buffer: BufferId, index: &[Expr]) -> String {
+    let name = named(kernel.buffers.get(buffer.0 as usize).map(|b| &b.name), buffer.0);
+    format!("{name}[{}]", list(kernel, index))
+}
+
+fn list(kernel: &Kernel, index: &[Expr]) -> String {
+    index.iter().map(|i| expr(kernel, i)).collect::<Vec<_>>().join(", ")
+}

@@ -1,0 +1,29 @@
+//! Gives each group its schedule.
+//!
+//! * Takes: a graph with layouts. Gives: the same with a schedule's text on each group whose family has a choice.
+//! * Never: replaces a schedule that is there (pinned by hand, or measured).
+//! * Cost: O(groups * legal space). Tests: `tests/ir/schedule/`.
+
+use crate::families::{GroupView, LowerError, default_schedule};
+use crate::graph::Graph;
+use crate::target::Target;
+
+/// Chooses a schedule for each group that has none, by the cost model.
+///
+/// # Errors
+///
+/// When no family covers a group.
+pub fn schedule(graph: &mut Graph, target: &Target) -> Result<(), LowerError> {
+    let mut chosen = Vec::new();
+    for view in GroupView::all(graph) {
+        let group = &graph.groups[view.id.0 as usize];
+        if group.schedule.is_none() {
+            let text = default_schedule(&view, target)?;
+            chosen.push((view.id, (!text.is_empty()).then_some(text)));
+        }
+    }
+    for (id, text) in chosen {
+        graph.groups[id.0 as usize].schedule = text;
+    }
+    Ok(())
+}
