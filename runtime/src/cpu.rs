@@ -1,0 +1,272 @@
+//! The CPU: maps an artifact's code and calls it.
+//!
+//! Invariants:
+//! 1. Code is loaded only after the artifact's digests (by [`Artifact::open`]), its ABI number and the CPU's features were
+//!    checked, and the plan was verified.
+//! 2. Every buffer that the plan names is in the table while an entry point runs, with at least the bytes of the plan:
+//!    weights inside the mapped section, which code only reads; the others inside memory that the program or state owns.
+
+use crate::artifact::Artifact;
+use crate::code::{ABI, Code};
+use crate::device::{Device, DeviceError, Program, State, Step, StepOutputs, Want};
+use crate::manifest::{Manifest, TargetCode, WEIGHTS};
+use crate::map::{FileBytes, OwnedBuf};
+use ir::dim::MAX_SYMBOLS;
+use ir::plan::{Give, Place, Plan};
+use std::collections::HashMap;
+use std::ops::Range;
+
+/// The CPU that runs this program.
+#[derive(Clone, Copy, Debug)]
+pub struct Cpu {
+    /// Workers.
+    pub threads: usize,
+}
+
+impl Device for Cpu {
+    fn load(&mut self, artifact: &Artifact) -> Result<Box<dyn Program>, DeviceError> {
+        Ok(Box::new(CpuProgram::load(artifact, self.threads)?))
+    }
+}
+
+/// Features of this CPU that artifacts may require.
+pub fn features() -> Vec<&'static str> {
+    let known = ["avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "avx512f", "avx512bw", "avx512cd", "avx512dq"];
+    let known = known.into_iter().chain(["avx512vl", "avx512bf16", "avx512vnni", "neon"]);
+    known.filter(|feature| detected(feature)).collect()
+}
+
+/// Is the feature, named as `std::arch` does, there?
+fn detected(feature: &str) -> bool {
+    #[cfg(target_arch = "x86_64")]
+    {
+        macro_rules! any {
+            ($($name:tt)*) => { match feature { $($name => std::arch::is_x86_feature_detected!($name),)* _ => false } };
+        }
+        any!("avx" "avx2" "bmi1" "bmi2" "f16c" "fma" "avx512f" "avx512bw" "avx512cd" "avx512dq" "avx512vl"
+             "avx512bf16" "avx512vnni")
+    }
+    #[cfg(target_arch = "aarch64")]
+    {
+        feature == "neon"
+    }
+    #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
+    {
+        let _ = feature;
+        false
+    }
+}
+
+/// The first code in the artifact that this machine runs.
+///
+/// # Errors
+///
+/// [`DeviceError::MissingFeature`] with what each target lacks here.
+pub fn choose(manifest: &Manifest) -> Result<&TargetCode, DeviceError> {
+    let arch = std::env::consts::ARCH;
+    let lacks = |target: &TargetCode| -> Vec<String> {
+        if target.arch != arch {
+            return vec![target.arch.clone()];
+        }
+        target.requires.iter().filter(|f| !detected(f)).cloned().collect()
+    };
+    let found = manifest.targets.iter().find(|t| t.abi == ABI && lacks(t).is_empty());
+    found.ok_or_else(|| {
+        let needs = manifest.targets.iter().map(|t| {
+            if t.abi == ABI {
+                format!("{} ({})", t.name, lacks(t).join(" "))
+            } else {
+                format!("{} (ABI {})", t.name, t.abi)
+            }
+        });
+        DeviceError::MissingFeature {
+            needs: needs.collect::<Vec<_>>().join(" or "),
+            has: format!("{arch}, ABI {ABI}, without these"),
+        }
+    })
+}
+
+/// A loaded artifact on the CPU.
+pub struct CpuProgram {
+    plan: Plan,
+    context: usize,
+    /// Entry points by their number in the plan.
+    code: Code,
+    arena: OwnedBuf,
+    inputs: OwnedBuf,
+    /// Each input's place in `inputs`, each state's in a state's memory.
+    offsets: HashMap<usize, usize>,
+    state_bytes: usize,
+    weights: Option<(FileBytes, Range<usize>)>,
+}
+
+impl CpuProgram {
+    fn load(artifact: &Artifact, threads: usize) -> Result<CpuProgram, DeviceError> {
+        let manifest: Manifest = artifact.manifest()?;
+        let target = choose(&manifest)?;
+        let plan = read_plan(artifact, target)?;
+        let section = target.code_section();
+        let names = plan.entries.iter().map(|entry| entry.name.as_str());
+        let code = Code::load(artifact.require(&section)?, names, threads)
+            .map_err(|e| DeviceError::Launch { kernel: e.what, said: e.said })?;
+        let mut offsets = HashMap::new();
+        let (mut inputs_bytes, mut state_bytes) = (0, 0);
+        for (number, buffer) in plan.buffers.iter().enumerate() {
+            let end = match buffer.place {
+                Place::Input => &mut inputs_bytes,
+                Place::State => &mut state_bytes,
+                Place::Weight { .. } | Place::Arena { .. } => continue,
+            };
+            offsets.insert(number, *end);
+            *end += buffer.bytes.next_multiple_of(ir::plan::ALIGN);
+        }
+        let weights = weights_of(artifact, &plan)?;
+        Ok(CpuProgram {
+            context: manifest.context,
+            code,
+            arena: OwnedBuf::zeroed(plan.arena_bytes, true)?,
+            inputs: OwnedBuf::zeroed(inputs_bytes, false)?,
+            offsets,
+            state_bytes,
+            weights,
+            plan,
+        })
+    }
+
+    /// Addresses of the plan's buffers, for one step.
+    fn table(&mut self, state: &mut OwnedBuf) -> Vec<*mut u8> {
+        let weights = self.weights.as_ref().map(|(bytes, range)| (**bytes).as_ref()[range.clone()].as_ptr());
+        let (arena, inputs, state) = (self.arena.as_mut_ptr(), self.inputs.as_mut_ptr(), state.as_mut_ptr());
+        let place = |(number, buffer): (usize, &ir::plan::PlanBuffer)| match buffer.place {
+            Place::Weight { offset, .. } => {
+                weights.map_or(std::ptr::null_mut(), |w| w.wrapping_add(offset).cast_mut())
+            }
+            Place::Arena { offset } => arena.wrapping_add(offset),
+            Place::State => state.wrapping_add(self.offsets[&number]),
+            Place::Input => inputs.wrapping_add(self.offsets[&number]),
+        };
+        self.plan.buffers.iter().enumerate().map(place).collect()
+    }
+
+    fn write_input(&mut self, buffer: usize, values: impl Iterator<Item = i32>) {
+        let at = self.offsets[&buffer];
+        let bytes = &mut self.inputs;
+        for (slot, value) in bytes[at..].chunks_exact_mut(4).zip(values) {
+            slot.copy_from_slice(&value.to_le_bytes());
+        }
+    }
+
+    fn arena_bytes(&self, buffer: usize, bytes: usize) -> &[u8] {
+        match self.plan.buffers[buffer].place {
+            Place::Arena { offset } => &self.arena[offset..offset + bytes],
+            Place::Weight { .. } | Place::State | Place::Input => {
+                unreachable!("verified: results are in the arena")
+            }
+        }
+    }
+}
+
+impl Program for CpuProgram {
+    fn vocab(&self) -> usize {
+        self.plan.vocab
+    }
+
+    fn context(&self) -> usize {
+        self.context
+    }
+
+    fn max_tokens(&self, want: Want) -> usize {
+        self.plan.max_tokens(give(want))
+    }
+
+    fn state(&self) -> Result<State, DeviceError> {
+        Ok(State::new(OwnedBuf::zeroed(self.state_bytes, true)?))
+    }
+
+    fn run(&mut self, step: &Step<'_>, state: &mut State) -> Result<StepOutputs, DeviceError> {
+        step.check(self, state)?;
+        let (tokens, past) = (step.tokens, state.past());
+        let number = self.plan.entry_number(tokens.len(), give(step.want));
+        let number = number.expect("a step no longer than max_tokens has an entry point");
+        let entry = &self.plan.entries[number];
+        let (logits, token, inputs) = (entry.logits, entry.token, [entry.tokens, entry.positions]);
+        self.write_input(inputs[0], tokens.iter().copied());
+        self.write_input(inputs[1], (past..past + tokens.len()).map(|p| p as i32));
+        let cache = state.inner_mut::<OwnedBuf>()?;
+        if cache.len() != self.state_bytes {
+            return Err(DeviceError::ForeignState); // Another program's: invariant 2 would not hold.
+        }
+        let table = self.table(cache);
+        let mut symbols = [0; MAX_SYMBOLS];
+        (symbols[0], symbols[1]) = (tokens.len() as i64, past as i64);
+        // SAFETY: invariants 1 and 2.
+        unsafe { self.code.run(number, &table, symbols) };
+        state.advance(tokens.len());
+
+        let row = 4 * self.plan.vocab;
+        let rows = match step.want {
+            Want::Nothing | Want::Token => 0,
+            Want::Logits => 1,
+            Want::AllLogits => tokens.len(),
+        };
+        let logits = logits.map_or(&[][..], |b| self.arena_bytes(b, rows * row));
+        let logits = logits.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect();
+        let token = token.filter(|_| step.want == Want::Token).map(|b| {
+            let bytes = self.arena_bytes(b, 4);
+            i32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]])
+        });
+        Ok(StepOutputs { token, logits })
+    }
+}
+
+/// What the plan calls a want.
+pub(crate) fn give(want: Want) -> Give {
+    match want {
+        Want::Nothing => Give::Nothing,
+        Want::Token | Want::Logits => Give::Last,
+        Want::AllLogits => Give::All,
+    }
+}
+
+/// The plan of a target, verified.
+///
+/// # Errors
+///
+/// When its text is not there, or is no valid plan.
+pub fn read_plan(artifact: &Artifact, target: &TargetCode) -> Result<Plan, DeviceError> {
+    let section = target.plan_section();
+    let bad = |said: String| DeviceError::BadPlan {
+        file: artifact.file().to_path_buf(),
+        section: section.clone(),
+        said,
+    };
+    let text = std::str::from_utf8(artifact.require(&section)?).map_err(|e| bad(e.to_string()))?;
+    let plan = ir::plan::parse::parse(text).map_err(|e| bad(e.to_string()))?;
+    ir::plan::verify::verify(&plan).map_err(|e| bad(e.to_string()))?;
+    Ok(plan)
+}
+
+/// The weights section, as large as the plan says.
+///
+/// # Errors
+///
+/// When it is not there, or smaller.
+pub(crate) fn weights_of(
+    artifact: &Artifact,
+    plan: &Plan,
+) -> Result<Option<(FileBytes, Range<usize>)>, DeviceError> {
+    if plan.weight_bytes() == 0 {
+        return Ok(None);
+    }
+    let bytes = artifact.require(WEIGHTS)?;
+    if bytes.len() < plan.weight_bytes() {
+        return Err(DeviceError::BadPlan {
+            file: artifact.file().to_path_buf(),
+            section: WEIGHTS.to_string(),
+            said: format!("{} bytes, the plan needs {}", bytes.len(), plan.weight_bytes()),
+        });
+    }
+    let whole = (**artifact.bytes()).as_ref();
+    let begin = bytes.as_ptr() as usize - whole.as_ptr() as usize;
+    Ok(Some((artifact.bytes().clone(), begin..begin + bytes.len())))
+}

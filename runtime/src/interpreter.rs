@@ -1,0 +1,222 @@
+//! The oracle as a device: runs the artifact's graphs, as they were before any pass, in f64.
+//!
+//! * Weights are unpacked by the plan: each element of a tensor is looked up in the panel that holds it. A tensor is
+//!   decoded when it is first needed, and kept.
+//! * Every stored value is rounded to its dtype ([`Rounding::Stored`]); logits are rounded to f32 when they leave.
+//! * A state is the cache's tensors. Any target's plan serves: all of an artifact share the weights.
+//!
+//! It is slow: some 100 million multiplications a second, and 8 bytes of memory for each weight.
+
+use crate::artifact::Artifact;
+use crate::cpu::{give, read_plan, weights_of};
+use crate::device::{Device, DeviceError, Program, State, Step, StepOutputs, Want};
+use crate::manifest::{GRAPH, Manifest};
+use crate::map::FileBytes;
+use ir::dim::MAX_SYMBOLS;
+use ir::dtype::DType;
+use ir::graph::{Graph, TensorType};
+use ir::interp::{InterpError, Rounding, Tensor, interpret};
+use ir::op::Op;
+use ir::plan::{Place, Plan, PlanBuffer, WeightSource};
+use std::collections::{BTreeMap, HashMap};
+use std::ops::Range;
+use std::path::PathBuf;
+use std::rc::Rc;
+
+/// The device that interprets.
+#[derive(Clone, Copy, Debug)]
+pub struct Interpreter;
+
+impl Device for Interpreter {
+    fn load(&mut self, artifact: &Artifact) -> Result<Box<dyn Program>, DeviceError> {
+        Ok(Box::new(InterpretedProgram::load(artifact)?))
+    }
+}
+
+/// A loaded artifact, interpreted.
+pub struct InterpretedProgram {
+    file: PathBuf,
+    plan: Plan,
+    context: usize,
+    graphs: HashMap<String, Graph>,
+    weights: Option<(FileBytes, Range<usize>)>,
+    decoded: HashMap<String, Rc<Tensor>>,
+}
+
+/// The cache's tensors by name; the state of an [`InterpretedProgram`].
+type Cache = BTreeMap<String, Tensor>;
+
+impl InterpretedProgram {
+    fn load(artifact: &Artifact) -> Result<InterpretedProgram, DeviceError> {
+        let manifest: Manifest = artifact.manifest()?;
+        let bad = |said: String| bad_graph(artifact.file().to_path_buf(), said);
+        let target = manifest.targets.first().ok_or_else(|| bad("no target, and so no plan".to_string()))?;
+        let plan = read_plan(artifact, target)?;
+        let text = std::str::from_utf8(artifact.require(GRAPH)?).map_err(|e| bad(e.to_string()))?;
+        let mut graphs = HashMap::new();
+        for graph in ir::parse::graphs(text).map_err(|e| bad(e.to_string()))? {
+            ir::verify::verify(&graph).map_err(|e| bad(e.to_string()))?;
+            graphs.insert(graph.name.clone(), graph);
+        }
+        for entry in &plan.entries {
+            let Some(graph) = graphs.get(&entry.name) else {
+                return Err(bad(format!("there is no graph @{}", entry.name)));
+            };
+            if graph.symbols != entry.symbols {
+                return Err(bad(format!("graph @{} has other symbols than the plan", entry.name)));
+            }
+        }
+        let weights = weights_of(artifact, &plan)?;
+        let (file, context) = (artifact.file().to_path_buf(), manifest.context);
+        Ok(InterpretedProgram { file, plan, context, graphs, weights, decoded: HashMap::new() })
+    }
+
+    /// Decodes the weights that `graph` names and that no step before needed.
+    fn decode(&mut self, graph: &Graph) -> Result<(), DeviceError> {
+        for value in &graph.values {
+            let Op::Weight { name } = &value.op else { continue };
+            if !self.decoded.contains_key(name) {
+                let tensor = self.tensor(name, &value.ty)?;
+                self.decoded.insert(name.clone(), Rc::new(tensor));
+            }
+        }
+        Ok(())
+    }
+
+    /// A tensor of the checkpoint, from all buffers of the plan that hold parts of it.
+    fn tensor(&self, name: &str, ty: &TensorType) -> Result<Tensor, DeviceError> {
+        let bad = |said: &str| bad_graph(self.file.clone(), format!("weight `{name}`: {said}"));
+        let shape: Option<Vec<usize>> = ty.shape.iter().map(|d| d.constant().map(|d| d as usize)).collect();
+        let shape = shape.ok_or_else(|| bad("its shape has a symbol in it"))?;
+        let k = shape.last().copied().unwrap_or(1);
+        let mut data = vec![f64::NAN; shape.iter().product()];
+        let mut left = data.len();
+        for buffer in &self.plan.buffers {
+            let Place::Weight { offset, source } = &buffer.place else { continue };
+            if buffer.dtype != ty.dtype {
+                continue;
+            }
+            match source {
+                WeightSource::Tensor { name: n, rows, columns } if n == name => {
+                    if rows * columns != data.len() {
+                        return Err(bad("the plan has another shape"));
+                    }
+                    let elements = (0..data.len()).map(|at| self.element(buffer, *offset, at));
+                    data = elements.collect();
+                    left = 0;
+                }
+                WeightSource::Pack { pack, names } if pack.k == k => {
+                    let streams = pack.streams.iter().zip(names).enumerate();
+                    for (number, (stream, _)) in streams.filter(|(_, (_, n))| *n == name) {
+                        for n in 0..pack.n {
+                            let row = data.get_mut(stream.row(n) * k..).and_then(|rows| rows.get_mut(..k));
+                            let row = row.ok_or_else(|| bad("the plan has more rows"))?;
+                            if row.first().is_some_and(|x| x.is_nan()) {
+                                left = left.saturating_sub(k);
+                            }
+                            for (at, x) in row.iter_mut().enumerate() {
+                                *x = self.element(buffer, *offset, pack.index(number, n, at));
+                            }
+                        }
+                    }
+                }
+                WeightSource::Tensor { .. } | WeightSource::Pack { .. } | WeightSource::Constant { .. } => {}
+            }
+        }
+        match left {
+            0 => Ok(Tensor { dtype: ty.dtype, shape, data }),
+            _ => Err(bad("the plan does not hold all of it")),
+        }
+    }
+
+    /// Element `at` of the buffer that begins at `offset` of the weights.
+    fn element(&self, buffer: &PlanBuffer, offset: usize, at: usize) -> f64 {
+        let (bytes, range) = self.weights.as_ref().expect("a plan with weights was loaded with them");
+        let bytes = &(**bytes).as_ref()[range.clone()][offset..];
+        match buffer.dtype {
+            DType::BF16 => {
+                let bits = u16::from_le_bytes([bytes[2 * at], bytes[2 * at + 1]]);
+                f64::from(f32::from_bits(u32::from(bits) << 16))
+            }
+            DType::F32 => {
+                let bytes = &bytes[4 * at..4 * at + 4];
+                f64::from(f32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]))
+            }
+            other => unreachable!("no plan stores weights as {other}"),
+        }
+    }
+}
+
+fn bad_graph(file: PathBuf, said: String) -> DeviceError {
+    DeviceError::BadPlan { file, section: GRAPH.to_string(), said }
+}
+
+impl Program for InterpretedProgram {
+    fn vocab(&self) -> usize {
+        self.plan.vocab
+    }
+
+    fn context(&self) -> usize {
+        self.context
+    }
+
+    fn max_tokens(&self, want: Want) -> usize {
+        self.plan.max_tokens(give(want))
+    }
+
+    fn state(&self) -> Result<State, DeviceError> {
+        let mut cache = Cache::new();
+        for value in self.graphs.values().flat_map(|graph| &graph.values) {
+            let Op::State { name } = &value.op else { continue };
+            let shape = value.ty.shape.iter().map(|d| d.eval(&[0; MAX_SYMBOLS]) as usize);
+            let shape: Vec<usize> = shape.collect();
+            let data = vec![0.0; shape.iter().product()];
+            cache.insert(name.clone(), Tensor { dtype: value.ty.dtype, shape, data });
+        }
+        Ok(State::new(cache))
+    }
+
+    fn run(&mut self, step: &Step<'_>, state: &mut State) -> Result<StepOutputs, DeviceError> {
+        step.check(self, state)?;
+        let (tokens, past) = (step.tokens, state.past());
+        let number = self.plan.entry_number(tokens.len(), give(step.want));
+        let name = &self.plan.entries[number.expect("a step no longer than max_tokens has an entry")].name;
+        let graph = self.graphs[name].clone();
+        self.decode(&graph)?;
+
+        let cache = state.inner_mut::<Cache>()?;
+        let kept: HashMap<String, Rc<Tensor>> =
+            std::mem::take(cache).into_iter().map(|(name, tensor)| (name, Rc::new(tensor))).collect();
+        let ids = |ids: &mut dyn Iterator<Item = f64>| {
+            Rc::new(Tensor::new(DType::I32, &[tokens.len()], &ids.collect::<Vec<_>>()))
+        };
+        let token_ids = ids(&mut tokens.iter().map(|&t| f64::from(t)));
+        let positions = ids(&mut (past..past + tokens.len()).map(|p| p as f64));
+        let mut bind = |name: &str, _: &TensorType| match name {
+            "tokens" => Ok(token_ids.clone()),
+            "positions" => Ok(positions.clone()),
+            name => {
+                let tensor = self.decoded.get(name).or_else(|| kept.get(name));
+                tensor.cloned().ok_or_else(|| InterpError::Unbound(name.to_string()))
+            }
+        };
+        let mut symbols = [0; MAX_SYMBOLS];
+        (symbols[0], symbols[1]) = (tokens.len() as i64, past as i64);
+        let result = interpret(&graph, &symbols, Rounding::Stored, &mut bind, None);
+        // What was there stays, where the step did not replace it.
+        *cache = kept.into_iter().map(|(name, tensor)| (name, Rc::unwrap_or_clone(tensor))).collect();
+        let mut outputs =
+            result.map_err(|e| DeviceError::Launch { kernel: graph.name.clone(), said: e.to_string() })?;
+        for (name, tensor) in cache.iter_mut() {
+            if let Some(next) = outputs.swap_remove(name) {
+                *tensor = next;
+            }
+        }
+        state.advance(tokens.len());
+
+        let token = outputs.get("token").filter(|_| step.want == Want::Token).map(|t| t.data[0] as i32);
+        let logits = outputs.get("logits").filter(|_| step.want != Want::Token);
+        let logits = logits.map(|t| t.data.iter().map(|&x| x as f32).collect());
+        Ok(StepOutputs { token, logits: logits.unwrap_or_default() })
+    }
+}

@@ -1,0 +1,31 @@
+//! Runs what llamac compiled. There is no compiler here: an artifact goes in, text comes out.
+//!
+//! In reading order:
+//!
+//! * [`map`]: files and memory from the kernel.
+//! * [`artifact`]: the file that `compile` writes and everything else opens.
+//! * [`device`]: what a device is: programs, steps, states, errors.
+//! * [`manifest`]: what an artifact says of itself.
+//! * [`pool`]: the worker threads of a CPU device; [`code`]: generated code and how it is called; [`cpu`]: the device
+//!   that does.
+//! * [`interpreter`]: the oracle as a device; [`null`]: the device that only checks.
+//! * [`meter`]: how fast this machine can read and multiply, which is what speeds are measured against.
+//! * [`sample`]: the next token from logits.
+//! * [`text`]: text from the bytes of tokens, as they come.
+//! * [`generate`]: the loop over all of these.
+//!
+//! `unsafe` lives where memory, threads and generated code meet; each block cites an invariant from its file's head.
+
+pub mod artifact;
+pub mod code;
+pub mod cpu;
+pub mod device;
+pub mod generate;
+pub mod interpreter;
+pub mod manifest;
+pub mod map;
+pub mod meter;
+pub mod null;
+pub mod pool;
+pub mod sample;
+pub mod text;

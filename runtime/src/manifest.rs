@@ -1,0 +1,62 @@
+//! The manifest of an artifact: what it is, in JSON.
+
+use serde::{Deserialize, Serialize};
+
+/// Everything that one wants to know of an artifact before looking at its sections.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Manifest {
+    /// Where the model came from: a file's or directory's last name, or a preset's.
+    pub model: String,
+    /// The model's config, as `models` writes it.
+    pub config: serde_json::Value,
+    /// Dtype of weights and stored values.
+    pub dtype: String,
+    /// Positions that a sequence may have.
+    pub context: usize,
+    /// Is there a `weights` section?
+    pub weights: bool,
+    /// Code, one for each target: best first.
+    pub targets: Vec<TargetCode>,
+    /// Version of llamac.
+    pub compiler: String,
+    /// Version of LLVM.
+    pub llvm: String,
+    /// Token that begins a text.
+    pub bos: Option<u32>,
+    /// Tokens that end a text.
+    pub eos: Vec<u32>,
+}
+
+/// Code for one target.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct TargetCode {
+    /// As on the command line.
+    pub name: String,
+    /// Version of the context and of the entry points' signature.
+    pub abi: u32,
+    /// CPU features that must be there.
+    pub requires: Vec<String>,
+    /// Instruction set: `x86_64`, `aarch64`.
+    pub arch: String,
+}
+
+impl TargetCode {
+    /// Section of the plan's text.
+    pub fn plan_section(&self) -> String {
+        format!("plan.{}", self.name)
+    }
+
+    /// Section of the code.
+    pub fn code_section(&self) -> String {
+        format!("code.{}", self.name)
+    }
+}
+
+/// Section of the graph's text: what the artifact computes, before any pass.
+pub const GRAPH: &str = "graph";
+/// Section of the tokenizer.
+pub const TOKENIZER: &str = "tokenizer";
+/// Section of the chat template.
+pub const CHAT_TEMPLATE: &str = "chat_template";
+/// Section of the weights.
+pub const WEIGHTS: &str = "weights";

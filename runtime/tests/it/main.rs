@@ -1,0 +1,11 @@
+//! Tests at the crate's boundary, one module a subject, one binary.
+
+mod fake;
+
+mod artifact;
+mod device;
+mod generate;
+mod map;
+mod pool;
+mod sample;
+mod text;
