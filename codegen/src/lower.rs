@@ -1,0 +1,792 @@
+//! Kernel IR to LLVM IR text.
+//!
+//! * A kernel is a function of its parameters' addresses, the context and the worker; [`entry`] writes the function that
+//!   calls the kernels of an entry point with a barrier after each.
+//! * Registers are stack slots that LLVM's `sroa` turns into registers: `unroll` is copied out here, so each slot has a
+//!   constant place.
+//! * bf16 is `i16` in memory and in vectors, so that no target without the type is asked for it.
+//! * No function of a library is called: [`math`](crate::math) has the vector functions, and the attribute
+//!   `no-builtins` keeps loops from becoming `memset`.
+//!
+//! For PTX a worker is a thread of the grid: it computes its number from special registers, and symbols are parameters.
+//!
+//! The context that the run time hands over (`runtime::cpu` mirrors it; [`ABI`] is their common version):
+//! `{ ptr buffers, ptr barrier, i64 workers, i64 symbols[4] }`; the barrier is two `i32` 64 bytes apart, both zero.
+
+use ir::dtype::DType;
+use ir::kernel::{Access, Arith, BufferId, Expr, Kernel, RegId, Space, Stmt, Type, VarId};
+use ir::op::{Compare, Reduction, Unary};
+use ir::plan::{Entry, Plan};
+use std::collections::{BTreeSet, HashMap};
+use std::fmt::Write;
+
+/// Version of the context's layout and of the entry points' signature.
+pub const ABI: u32 = 1;
+
+/// What the target's instructions can do, as far as lowering asks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Features {
+    /// `vdpbf16ps` and `vcvtneps2bf16`.
+    pub bf16: bool,
+    /// Which instruction a waiting worker executes.
+    pub pause: Pause,
+}
+
+/// The instruction that eases a spinning worker.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Pause {
+    /// x86 `pause`.
+    X86,
+    /// AArch64 `yield`.
+    Aarch64,
+    /// None: threads of a grid do not wait for each other. A kernel with a barrier cannot be lowered.
+    Grid,
+}
+
+/// A whole module: math functions, barrier, kernels, entry points.
+pub fn module(plan: &Plan, kernels: &[Kernel], features: Features) -> String {
+    let mut out = String::new();
+    let mut needs = BTreeSet::new();
+    for kernel in kernels {
+        out += &function(kernel, features, &mut needs);
+    }
+    for entry_point in &plan.entries {
+        out += &entry(plan, entry_point);
+    }
+    let mut head = String::from(BARRIER);
+    head += match features.pause {
+        Pause::X86 => {
+            "declare void @llvm.x86.sse2.pause()\ndefine internal void @pause() #1 {\n  call void @llvm.x86.sse2.pause()\n  ret void\n}\n"
+        }
+        Pause::Aarch64 => {
+            "declare void @llvm.aarch64.hint(i32)\ndefine internal void @pause() #1 {\n  call void @llvm.aarch64.hint(i32 1)\n  ret void\n}\n"
+        }
+        Pause::Grid => unreachable!("a grid has no entry points: nvptx writes its modules"),
+    };
+    head + &out + &ending(needs)
+}
+
+/// The math functions that kernels called, and the attributes of all functions.
+pub(crate) fn ending(needs: BTreeSet<(Unary, u16)>) -> String {
+    let math: String = needs.into_iter().map(|(op, lanes)| crate::math::function(op, lanes)).collect();
+    math + ATTRIBUTES
+}
+
+/// A kernel's function in the module.
+pub fn symbol(kernel: &str) -> String {
+    format!("@\"k.{kernel}\"")
+}
+
+const ATTRIBUTES: &str = "
+attributes #0 = { nounwind noinline \"no-builtins\" \"prefer-vector-width\"=\"512\" }
+attributes #1 = { nounwind alwaysinline \"no-builtins\" \"prefer-vector-width\"=\"512\" }
+";
+
+/// Meets the other workers: the last to arrive lets all go on. What each stored before is seen by all after.
+const BARRIER: &str = "
+define internal void @barrier(ptr %ctx) #0 {
+  %at.workers = getelementptr i8, ptr %ctx, i64 16
+  %workers = load i64, ptr %at.workers
+  %alone = icmp eq i64 %workers, 1
+  br i1 %alone, label %done, label %meet
+meet:
+  %at.state = getelementptr i8, ptr %ctx, i64 8
+  %arrived = load ptr, ptr %at.state
+  %generation = getelementptr i8, ptr %arrived, i64 64
+  %now = load atomic i32, ptr %generation acquire, align 4
+  %before = atomicrmw add ptr %arrived, i32 1 acq_rel, align 4
+  %count = trunc i64 %workers to i32
+  %mine = add i32 %before, 1
+  %last = icmp eq i32 %mine, %count
+  br i1 %last, label %release, label %wait
+release:
+  store atomic i32 0, ptr %arrived monotonic, align 4
+  %next = add i32 %now, 1
+  store atomic i32 %next, ptr %generation release, align 4
+  br label %done
+wait:
+  call void @pause()
+  %seen = load atomic i32, ptr %generation acquire, align 4
+  %same = icmp eq i32 %seen, %now
+  br i1 %same, label %wait, label %done
+done:
+  ret void
+}
+";
+
+/// The function of an entry point: its launches, a barrier after each.
+fn entry(plan: &Plan, entry: &Entry) -> String {
+    let mut out = format!("\ndefine void @\"{}\"(ptr %ctx, i64 %worker) #0 {{\n", entry.name);
+    out += "  %table = load ptr, ptr %ctx\n";
+    for (number, launch) in entry.launches.iter().enumerate() {
+        let mut args = String::new();
+        for (position, buffer) in launch.args.iter().enumerate() {
+            let name = format!("{number}.{position}");
+            let _ = writeln!(out, "  %p{name} = getelementptr ptr, ptr %table, i64 {buffer}");
+            let _ = writeln!(out, "  %b{name} = load ptr, ptr %p{name}");
+            let _ = write!(args, "ptr %b{name}, ");
+        }
+        let kernel = symbol(&plan.kernels[launch.kernel].name);
+        let _ = writeln!(out, "  call void {kernel}({args}ptr %ctx, i64 %worker)");
+        out += "  call void @barrier(ptr %ctx)\n";
+    }
+    out + "  ret void\n}\n"
+}
+
+/// One kernel's function. Math functions that it calls are added to `needs`.
+pub fn function(kernel: &Kernel, features: Features, needs: &mut BTreeSet<(Unary, u16)>) -> String {
+    let mut f = Function {
+        kernel,
+        features,
+        needs,
+        head: String::new(),
+        body: String::new(),
+        next: 0,
+        vars: HashMap::new(),
+        block: "entry".to_string(),
+    };
+    let grid = features.pause == Pause::Grid;
+    if grid {
+        f.head += GRID_WORKER;
+    }
+    for (number, sym) in kernel.symbols.0.iter().enumerate() {
+        if sym.min != sym.max && !grid {
+            let _ =
+                writeln!(f.head, "  %sym{number}.at = getelementptr i8, ptr %ctx, i64 {}", 24 + 8 * number);
+            let _ = writeln!(f.head, "  %sym{number} = load i64, ptr %sym{number}.at");
+        }
+    }
+    for (number, reg) in kernel.regs.iter().enumerate() {
+        for slot in 0..reg.len() {
+            let _ = writeln!(f.head, "  %r{number}.{slot} = alloca {}", llvm_type(reg.ty));
+        }
+    }
+    for (number, buffer) in kernel.buffers.iter().enumerate().filter(|b| b.1.space == Space::Local) {
+        let elems = extent(buffer);
+        let _ = writeln!(f.head, "  %b{number} = alloca [{elems} x {}], align 64", llvm_elem(buffer.dtype));
+    }
+    f.stmts(&kernel.body);
+    let barrier = kernel.body.iter().any(|s| matches!(s, Stmt::Barrier));
+    let params: Vec<String> = kernel
+        .params()
+        .map(|(id, buffer)| {
+            // What a barrier hands to other workers is not this function's alone.
+            let alone = match buffer.space {
+                Space::Global(Access::Read) => " noalias readonly",
+                Space::Global(Access::Write | Access::ReadWrite) if !barrier => " noalias",
+                Space::Global(Access::Write | Access::ReadWrite) | Space::Local => "",
+            };
+            format!("ptr{alone} %b{}, ", id.0)
+        })
+        .collect();
+    let (params, head, body) = (params.concat(), f.head, f.body);
+    if grid {
+        let symbols: Vec<String> = (0..kernel.symbols.0.len()).map(|n| format!("i64 %sym{n}")).collect();
+        let (name, symbols) = (crate::nvptx::symbol(&kernel.name), symbols.join(", "));
+        return format!(
+            "\ndefine ptx_kernel void @{name}({params}{symbols}) #0 {{\nentry:\n{head}{body}  ret void\n}}\n"
+        );
+    }
+    let name = symbol(&kernel.name);
+    format!(
+        "\ndefine internal void {name}({params}ptr %ctx, i64 %worker) #0 {{\nentry:\n{head}{body}  ret void\n}}\n"
+    )
+}
+
+/// A thread's number in the grid and the number of threads.
+const GRID_WORKER: &str = "  %cta = call i32 @llvm.nvvm.read.ptx.sreg.ctaid.x()
+  %ctas = call i32 @llvm.nvvm.read.ptx.sreg.nctaid.x()
+  %thread = call i32 @llvm.nvvm.read.ptx.sreg.tid.x()
+  %threads = call i32 @llvm.nvvm.read.ptx.sreg.ntid.x()
+  %cta64 = zext i32 %cta to i64
+  %ctas64 = zext i32 %ctas to i64
+  %thread64 = zext i32 %thread to i64
+  %threads64 = zext i32 %threads to i64
+  %first = mul i64 %cta64, %threads64
+  %worker = add i64 %first, %thread64
+  %workers = mul i64 %ctas64, %threads64
+";
+
+/// Elements of a buffer of constant shape.
+fn extent(buffer: &ir::kernel::Buffer) -> i64 {
+    let last = buffer.shape.iter().zip(&buffer.strides);
+    1 + last.map(|(d, s)| (d.constant().expect("locals are of constant shape") - 1) * s).sum::<i64>()
+}
+
+/// An element in memory and in vectors.
+fn llvm_elem(dtype: DType) -> &'static str {
+    match dtype {
+        DType::F64 => "double",
+        DType::F32 => "float",
+        DType::BF16 => "i16",
+        DType::F16 => "half",
+        DType::I32 => "i32",
+        DType::I8 | DType::U8 => "i8",
+        DType::Bool => "i1",
+        DType::Block(_) => panic!("block formats have no vectors"),
+    }
+}
+
+fn vector(elem: &str, lanes: u16) -> String {
+    if lanes == 1 { elem.to_string() } else { format!("<{lanes} x {elem}>") }
+}
+
+fn llvm_type(ty: Type) -> String {
+    match ty {
+        Type::Index => "i64".to_string(),
+        Type::Flag => "i1".to_string(),
+        Type::Vector { dtype, lanes } => vector(llvm_elem(dtype), lanes),
+    }
+}
+
+struct Function<'a> {
+    kernel: &'a Kernel,
+    features: Features,
+    needs: &'a mut BTreeSet<(Unary, u16)>,
+    /// Stack slots and symbols.
+    head: String,
+    body: String,
+    next: usize,
+    /// What each value is now: a name, or a number where a loop was copied out.
+    vars: HashMap<VarId, String>,
+    block: String,
+}
+
+impl Function<'_> {
+    fn fresh(&mut self) -> String {
+        self.next += 1;
+        format!("%v{}", self.next - 1)
+    }
+
+    /// Writes `%v = text` and gives `%v`.
+    fn emit(&mut self, text: String) -> String {
+        let name = self.fresh();
+        let _ = writeln!(self.body, "  {name} = {text}");
+        name
+    }
+
+    fn line(&mut self, text: &str) {
+        let _ = writeln!(self.body, "  {text}");
+    }
+
+    fn label(&mut self) -> String {
+        self.next += 1;
+        format!("l{}", self.next - 1)
+    }
+
+    fn begin(&mut self, label: &str) {
+        let _ = writeln!(self.body, "{label}:");
+        self.block = label.to_string();
+    }
+
+    fn type_of(&self, expr: &Expr) -> Type {
+        self.kernel.type_of(expr)
+    }
+
+    // Statements.
+
+    fn stmts(&mut self, stmts: &[Stmt]) {
+        for stmt in stmts {
+            self.stmt(stmt);
+        }
+    }
+
+    fn stmt(&mut self, stmt: &Stmt) {
+        match stmt {
+            Stmt::Let { var, value } => {
+                let value = self.expr(value);
+                self.vars.insert(*var, value);
+            }
+            Stmt::Reg { reg, init } => {
+                let Some(init) = init else { return };
+                let (value, ty) = (self.expr(init), llvm_type(self.kernel[*reg].ty));
+                for slot in 0..self.kernel[*reg].len() {
+                    self.line(&format!("store {ty} {value}, ptr %r{}.{slot}", reg.0));
+                }
+            }
+            Stmt::Set { reg, index, value } => {
+                let (value, ty) = (self.expr(value), llvm_type(self.kernel[*reg].ty));
+                let slot = self.slot(*reg, index);
+                self.line(&format!("store {ty} {value}, ptr {slot}"));
+            }
+            Stmt::Store { buffer, index, value } => self.store(*buffer, index, value),
+            Stmt::Prefetch { buffer, index } => {
+                let at = self.address(*buffer, index);
+                self.line(&format!("call void @llvm.prefetch.p0(ptr {at}, i32 0, i32 3, i32 1)"));
+            }
+            Stmt::For { var, lo, hi, step, body } => {
+                let (lo, hi) = (self.expr(lo), self.expr(hi));
+                self.looped(*var, &lo, &hi, &step.to_string(), body);
+            }
+            Stmt::Unroll { var, count, body } => {
+                for i in 0..*count {
+                    self.vars.insert(*var, i.to_string());
+                    self.stmts(body);
+                }
+            }
+            Stmt::Parallel { var, count, body } => {
+                let count = self.expr(count);
+                if self.features.pause == Pause::Grid {
+                    // Neighbouring threads take neighbouring turns.
+                    return self.looped(*var, "%worker", &count, "%workers", body);
+                }
+                // Worker w of n takes the turns from count * w / n on.
+                let at = self.emit("getelementptr i8, ptr %ctx, i64 16".to_string());
+                let workers = self.emit(format!("load i64, ptr {at}"));
+                let begin = self.emit(format!("mul i64 {count}, %worker"));
+                let end = self.emit(format!("add i64 {begin}, {count}"));
+                let lo = self.emit(format!("udiv i64 {begin}, {workers}"));
+                let hi = self.emit(format!("udiv i64 {end}, {workers}"));
+                self.looped(*var, &lo, &hi, "1", body);
+            }
+            Stmt::If { cond, then, otherwise } => {
+                let cond = self.expr(cond);
+                let (yes, no, end) = (self.label(), self.label(), self.label());
+                self.line(&format!("br i1 {cond}, label %{yes}, label %{no}"));
+                for (label, body) in [(yes, then), (no, otherwise)] {
+                    self.begin(&label);
+                    self.stmts(body);
+                    self.line(&format!("br label %{end}"));
+                }
+                self.begin(&end);
+            }
+            Stmt::Barrier => self.line("call void @barrier(ptr %ctx)"),
+        }
+    }
+
+    fn looped(&mut self, var: VarId, lo: &str, hi: &str, step: &str, body: &[Stmt]) {
+        let (head, inside, end) = (self.label(), self.label(), self.label());
+        let (i, next) = (self.fresh(), self.fresh());
+        let before = self.block.clone();
+        self.line(&format!("br label %{head}"));
+        self.begin(&head);
+        // The last block of the body is only known after it: the phi names it by a block of its own.
+        let latch = self.label();
+        self.line(&format!("{i} = phi i64 [ {lo}, %{before} ], [ {next}, %{latch} ]"));
+        let more = self.emit(format!("icmp slt i64 {i}, {hi}"));
+        self.line(&format!("br i1 {more}, label %{inside}, label %{end}"));
+        self.begin(&inside);
+        self.vars.insert(var, i.clone());
+        self.stmts(body);
+        self.line(&format!("br label %{latch}"));
+        self.begin(&latch);
+        self.line(&format!("{next} = add nsw i64 {i}, {step}"));
+        self.line(&format!("br label %{head}"));
+        self.begin(&end);
+    }
+
+    fn store(&mut self, buffer: BufferId, index: &[Expr], value: &Expr) {
+        let dtype = self.kernel[buffer].dtype;
+        let lanes = self.type_of(value).lanes();
+        let mut value = self.expr(value);
+        let at = self.address(buffer, index);
+        let mut elem = llvm_elem(dtype);
+        if dtype == DType::Bool {
+            value = self.emit(format!("zext {} {value} to {}", vector("i1", lanes), vector("i8", lanes)));
+            elem = "i8";
+        }
+        self.line(&format!("store {} {value}, ptr {at}, align {}", vector(elem, lanes), dtype.bytes(1)));
+    }
+
+    fn address(&mut self, buffer: BufferId, index: &[Expr]) -> String {
+        let kernel = self.kernel;
+        let mut offset = "0".to_string();
+        for (expr, stride) in index.iter().zip(&kernel[buffer].strides) {
+            let mut term = self.expr(expr);
+            if *stride != 1 && term != "0" {
+                term = self.emit(format!("mul nsw i64 {term}, {stride}"));
+            }
+            offset = match (offset.as_str(), term.as_str()) {
+                ("0", _) => term,
+                (_, "0") => offset,
+                _ => self.emit(format!("add nsw i64 {offset}, {term}")),
+            };
+        }
+        let elem = match kernel[buffer].dtype {
+            DType::Bool => "i8",
+            dtype => llvm_elem(dtype),
+        };
+        self.emit(format!("getelementptr inbounds {elem}, ptr %b{}, i64 {offset}", buffer.0))
+    }
+
+    /// The stack slot of a register; its indices are constants by now.
+    fn slot(&mut self, reg: RegId, index: &[Expr]) -> String {
+        let dims = &self.kernel[reg].dims;
+        let mut slot = 0;
+        for (expr, &dim) in index.iter().zip(dims) {
+            let at: i64 = self.constant(expr);
+            assert!(0 <= at && at < i64::from(dim), "the verifier checked register indices");
+            slot = slot * i64::from(dim) + at;
+        }
+        format!("%r{}.{slot}", reg.0)
+    }
+
+    fn constant(&self, expr: &Expr) -> i64 {
+        match expr {
+            Expr::Int(x) => *x,
+            Expr::Var(var) => {
+                self.vars[var].parse().expect("the verifier checked that register indices are constant")
+            }
+            Expr::Arith(op, a, b) => index_arith(*op, self.constant(a), self.constant(b)),
+            other => panic!("the verifier checked that register indices are constant, this is {other:?}"),
+        }
+    }
+
+    // Expressions.
+
+    fn expr(&mut self, expr: &Expr) -> String {
+        match expr {
+            Expr::Int(x) => x.to_string(),
+            Expr::Sym(sym) => match &self.kernel.symbols.0[sym.0 as usize] {
+                fixed if fixed.min == fixed.max => fixed.min.to_string(),
+                _ => format!("%sym{}", sym.0),
+            },
+            Expr::Var(var) => self.vars[var].clone(),
+            Expr::Const { value, ty } => literal(*value, *ty),
+            Expr::Reg { reg, index } => {
+                let slot = self.slot(*reg, index);
+                self.emit(format!("load {}, ptr {slot}", llvm_type(self.kernel[*reg].ty)))
+            }
+            Expr::Load { buffer, index, lanes } => self.load(*buffer, index, *lanes),
+            Expr::Arith(op, a, b) => self.arith(*op, a, b),
+            Expr::Fma(a, b, c) => {
+                let ty = llvm_type(self.type_of(a));
+                let lanes = self.type_of(a).lanes();
+                let [a, b, c] = [a, b, c].map(|e| self.expr(e));
+                self.emit(format!(
+                    "call {ty} @llvm.fma.{}({ty} {a}, {ty} {b}, {ty} {c})",
+                    suffix("f32", lanes)
+                ))
+            }
+            Expr::Unary(op, a) => {
+                let lanes = self.type_of(a).lanes();
+                let a = self.expr(a);
+                self.needs.insert((*op, lanes));
+                let ty = vector("float", lanes);
+                self.emit(format!("call {ty} {}({ty} {a})", crate::math::symbol(*op, lanes)))
+            }
+            Expr::Compare(op, a, b) => {
+                let ty = self.type_of(a);
+                let text = llvm_type(ty);
+                let (a, b) = (self.expr(a), self.expr(b));
+                let float = matches!(ty, Type::Vector { dtype, .. } if dtype.is_float());
+                let relation = match (op, float) {
+                    (Compare::Eq, true) => "fcmp oeq",
+                    (Compare::Ne, true) => "fcmp une",
+                    (Compare::Lt, true) => "fcmp olt",
+                    (Compare::Le, true) => "fcmp ole",
+                    (Compare::Gt, true) => "fcmp ogt",
+                    (Compare::Ge, true) => "fcmp oge",
+                    (Compare::Eq, false) => "icmp eq",
+                    (Compare::Ne, false) => "icmp ne",
+                    (Compare::Lt, false) => "icmp slt",
+                    (Compare::Le, false) => "icmp sle",
+                    (Compare::Gt, false) => "icmp sgt",
+                    (Compare::Ge, false) => "icmp sge",
+                };
+                self.emit(format!("{relation} {text} {a}, {b}"))
+            }
+            Expr::Select(c, a, b) => {
+                let (flags, ty) = (llvm_type(self.type_of(c)), llvm_type(self.type_of(a)));
+                let [c, a, b] = [c, a, b].map(|e| self.expr(e));
+                self.emit(format!("select {flags} {c}, {ty} {a}, {ty} {b}"))
+            }
+            Expr::Splat { value, times } => {
+                let Type::Vector { dtype, lanes } = self.type_of(value) else { panic!("verified: a vector") };
+                let value = self.expr(value);
+                self.repeat(dtype, lanes, &value, *times)
+            }
+            Expr::Lanes { value, start, lanes } => {
+                let Type::Vector { dtype, lanes: has } = self.type_of(value) else {
+                    panic!("verified: a vector")
+                };
+                let value = self.expr(value);
+                self.pick(dtype, has, &value, *start, *lanes)
+            }
+            Expr::Iota { lanes } => {
+                let numbers: Vec<String> = (0..*lanes).map(|i| format!("i32 {i}")).collect();
+                if *lanes == 1 { "0".to_string() } else { format!("<{}>", numbers.join(", ")) }
+            }
+            Expr::Cast { value, dtype } => {
+                let from = self.type_of(value);
+                let value = self.expr(value);
+                self.cast(&value, from, *dtype)
+            }
+            Expr::Index(value) => {
+                let value = self.expr(value);
+                self.emit(format!("sext i32 {value} to i64"))
+            }
+            Expr::Reduce(kind, value) => {
+                let Type::Vector { dtype, mut lanes } = self.type_of(value) else {
+                    panic!("verified: a vector")
+                };
+                let mut value = self.expr(value);
+                while lanes > 1 {
+                    let half = lanes / 2;
+                    let low = self.pick(dtype, lanes, &value, 0, half);
+                    let high = self.pick(dtype, lanes, &value, half, half);
+                    let op = if *kind == Reduction::Sum { Arith::Add } else { Arith::Max };
+                    value = self.vector_arith(op, dtype, half, &low, &high);
+                    lanes = half;
+                }
+                value
+            }
+            Expr::DotBf16(acc, a, b) => {
+                let lanes = self.type_of(acc).lanes();
+                let [acc, a, b] = [acc, a, b].map(|e| self.expr(e));
+                self.dot_bf16(lanes, &acc, &a, &b)
+            }
+        }
+    }
+
+    fn load(&mut self, buffer: BufferId, index: &[Expr], lanes: u16) -> String {
+        let dtype = self.kernel[buffer].dtype;
+        let at = self.address(buffer, index);
+        let align = dtype.bytes(1);
+        if dtype == DType::Bool {
+            let ty = vector("i8", lanes);
+            let bytes = self.emit(format!("load {ty}, ptr {at}, align 1"));
+            let zero = if lanes == 1 { "0" } else { "zeroinitializer" };
+            return self.emit(format!("icmp ne {ty} {bytes}, {zero}"));
+        }
+        self.emit(format!("load {}, ptr {at}, align {align}", vector(llvm_elem(dtype), lanes)))
+    }
+
+    fn arith(&mut self, op: Arith, a: &Expr, b: &Expr) -> String {
+        let ty = self.type_of(a);
+        let (x, y) = (self.expr(a), self.expr(b));
+        match ty {
+            Type::Vector { dtype, lanes } => self.vector_arith(op, dtype, lanes, &x, &y),
+            Type::Index | Type::Flag => {
+                if let (Ok(x), Ok(y)) = (x.parse(), y.parse()) {
+                    return index_arith(op, x, y).to_string();
+                }
+                match op {
+                    Arith::Add => self.emit(format!("add nsw i64 {x}, {y}")),
+                    Arith::Sub => self.emit(format!("sub nsw i64 {x}, {y}")),
+                    Arith::Mul => self.emit(format!("mul nsw i64 {x}, {y}")),
+                    Arith::Min => self.emit(format!("call i64 @llvm.smin.i64(i64 {x}, i64 {y})")),
+                    Arith::Max => self.emit(format!("call i64 @llvm.smax.i64(i64 {x}, i64 {y})")),
+                    Arith::Div | Arith::Rem => self.floor_div(op, &x, &y),
+                }
+            }
+        }
+    }
+
+    /// Division towards minus infinity by a positive constant.
+    fn floor_div(&mut self, op: Arith, x: &str, y: &str) -> String {
+        let by: i64 = y.parse().expect("verified: a constant divisor");
+        if by & (by - 1) == 0 {
+            return match op {
+                Arith::Div => self.emit(format!("ashr i64 {x}, {}", by.trailing_zeros())),
+                _ => self.emit(format!("and i64 {x}, {}", by - 1)),
+            };
+        }
+        let rest = self.emit(format!("srem i64 {x}, {by}"));
+        let below = self.emit(format!("icmp slt i64 {rest}, 0"));
+        let up = self.emit(format!("add i64 {rest}, {by}"));
+        let rest = self.emit(format!("select i1 {below}, i64 {up}, i64 {rest}"));
+        if op == Arith::Rem {
+            return rest;
+        }
+        let whole = self.emit(format!("sub i64 {x}, {rest}"));
+        self.emit(format!("sdiv exact i64 {whole}, {by}"))
+    }
+
+    fn vector_arith(&mut self, op: Arith, dtype: DType, lanes: u16, x: &str, y: &str) -> String {
+        let ty = vector(llvm_elem(dtype), lanes);
+        let (prefix, less) = if dtype.is_float() { ("f", "fcmp olt") } else { ("", "icmp slt") };
+        let sign = match op {
+            Arith::Add => "add",
+            Arith::Sub => "sub",
+            Arith::Mul => "mul",
+            Arith::Div => "div",
+            Arith::Rem => "rem",
+            Arith::Min | Arith::Max => {
+                // The second operand where either is NaN: what minps and maxps do.
+                let (a, b) = if op == Arith::Max { (y, x) } else { (x, y) };
+                let flags = self.emit(format!("{less} {ty} {a}, {b}"));
+                return self.emit(format!("select {} {flags}, {ty} {x}, {ty} {y}", vector("i1", lanes)));
+            }
+        };
+        self.emit(format!("{prefix}{sign} {ty} {x}, {y}"))
+    }
+
+    /// The lanes repeated.
+    fn repeat(&mut self, dtype: DType, lanes: u16, value: &str, times: u16) -> String {
+        let elem = llvm_elem(dtype);
+        let (mut value, mut has) = (value.to_string(), lanes);
+        if lanes == 1 {
+            value = self.emit(format!("insertelement <{times} x {elem}> poison, {elem} {value}, i64 0"));
+            has = times;
+        }
+        let order: Vec<String> = (0..times * lanes).map(|i| format!("i32 {}", i % lanes)).collect();
+        let ty = vector(elem, has);
+        if has == 1 {
+            return value;
+        }
+        self.emit(format!(
+            "shufflevector {ty} {value}, {ty} poison, <{} x i32> <{}>",
+            times * lanes,
+            order.join(", ")
+        ))
+    }
+
+    /// Lanes `start..start + lanes`, zero beyond the end.
+    fn pick(&mut self, dtype: DType, has: u16, value: &str, start: u16, lanes: u16) -> String {
+        let elem = llvm_elem(dtype);
+        if has == 1 && lanes == 1 {
+            return value.to_string();
+        }
+        if has == 1 {
+            return self
+                .emit(format!("insertelement <{lanes} x {elem}> zeroinitializer, {elem} {value}, i64 0"));
+        }
+        let ty = vector(elem, has);
+        if lanes == 1 {
+            return self.emit(format!("extractelement {ty} {value}, i64 {start}"));
+        }
+        let order: Vec<String> = (start..start + lanes).map(|i| format!("i32 {}", i.min(has))).collect();
+        self.emit(format!(
+            "shufflevector {ty} {value}, {ty} zeroinitializer, <{lanes} x i32> <{}>",
+            order.join(", ")
+        ))
+    }
+
+    fn cast(&mut self, value: &str, from: Type, to: DType) -> String {
+        let (dtype, lanes) = match from {
+            Type::Index | Type::Flag => {
+                return match to {
+                    DType::F32 => self.emit(format!("sitofp i64 {value} to float")),
+                    _ => self.emit(format!("trunc i64 {value} to i32")),
+                };
+            }
+            Type::Vector { dtype, lanes } => (dtype, lanes),
+        };
+        let (source, target) = (vector(llvm_elem(dtype), lanes), vector(llvm_elem(to), lanes));
+        let (ints, floats) = (vector("i32", lanes), vector("float", lanes));
+        match (dtype, to) {
+            (a, b) if a == b => value.to_string(),
+            (DType::BF16, DType::F32) => {
+                let wide = self.emit(format!("zext {source} {value} to {ints}"));
+                let high = self.emit(format!("shl {ints} {wide}, {}", splat_int(16, lanes)));
+                self.emit(format!("bitcast {ints} {high} to {floats}"))
+            }
+            (DType::F32, DType::BF16) if self.features.bf16 => {
+                let halves = vector("bfloat", lanes);
+                let rounded = self.emit(format!("fptrunc {floats} {value} to {halves}"));
+                self.emit(format!("bitcast {halves} {rounded} to {target}"))
+            }
+            (DType::F32, DType::BF16) => self.round_bf16(lanes, value),
+            (DType::F16, DType::F32) | (DType::F32, DType::F64) => {
+                self.emit(format!("fpext {source} {value} to {target}"))
+            }
+            (DType::F32, DType::F16) | (DType::F64, DType::F32) => {
+                self.emit(format!("fptrunc {source} {value} to {target}"))
+            }
+            (DType::F32, DType::I32) => self.emit(format!(
+                "call {ints} @llvm.fptosi.sat.{}.{}({floats} {value})",
+                suffix("i32", lanes),
+                suffix("f32", lanes)
+            )),
+            (DType::I32 | DType::I8, DType::F32) => self.emit(format!("sitofp {source} {value} to {floats}")),
+            (DType::U8 | DType::Bool, DType::F32) => {
+                self.emit(format!("uitofp {source} {value} to {floats}"))
+            }
+            (DType::F32, DType::Bool) => {
+                let zero = literal(0.0, Type::f32(lanes));
+                self.emit(format!("fcmp une {floats} {value}, {zero}"))
+            }
+            (DType::Bool, DType::I32) => self.emit(format!("zext {source} {value} to {ints}")),
+            (DType::I32, DType::Bool) => {
+                self.emit(format!("icmp ne {ints} {value}, {}", splat_int(0, lanes)))
+            }
+            (a, b) => {
+                let middle = self.cast(value, Type::Vector { dtype: a, lanes }, DType::F32);
+                self.cast(&middle, Type::f32(lanes), b)
+            }
+        }
+    }
+
+    /// f32 to bf16 to nearest even, by integers: for targets without the instruction. NaN stays NaN.
+    fn round_bf16(&mut self, lanes: u16, value: &str) -> String {
+        let (ints, floats) = (vector("i32", lanes), vector("float", lanes));
+        let int = |x: i64| splat_int(x, lanes);
+        let bits = self.emit(format!("bitcast {floats} {value} to {ints}"));
+        let shifted = self.emit(format!("lshr {ints} {bits}, {}", int(16)));
+        let odd = self.emit(format!("and {ints} {shifted}, {}", int(1)));
+        let bias = self.emit(format!("add {ints} {odd}, {}", int(0x7fff)));
+        let sum = self.emit(format!("add {ints} {bits}, {bias}"));
+        let rounded = self.emit(format!("lshr {ints} {sum}, {}", int(16)));
+        let quiet = self.emit(format!("or {ints} {shifted}, {}", int(0x40)));
+        let nan = self.emit(format!("fcmp uno {floats} {value}, {value}"));
+        let flags = vector("i1", lanes);
+        let chosen = self.emit(format!("select {flags} {nan}, {ints} {quiet}, {ints} {rounded}"));
+        self.emit(format!("trunc {ints} {chosen} to {}", vector("i16", lanes)))
+    }
+
+    fn dot_bf16(&mut self, lanes: u16, acc: &str, a: &str, b: &str) -> String {
+        let pairs = vector("i16", 2 * lanes);
+        if self.features.bf16 && lanes == 16 {
+            let halves = vector("bfloat", 2 * lanes);
+            let a = self.emit(format!("bitcast {pairs} {a} to {halves}"));
+            let b = self.emit(format!("bitcast {pairs} {b} to {halves}"));
+            return self.emit(format!(
+                "call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> {acc}, {halves} {a}, {halves} {b})"
+            ));
+        }
+        let (ints, floats) = (vector("i32", lanes), vector("float", lanes));
+        let mut sum = acc.to_string();
+        let words = [a, b].map(|x| self.emit(format!("bitcast {pairs} {x} to {ints}")));
+        for high in [true, false] {
+            let [x, y] = words.each_ref().map(|word| {
+                let bits = match high {
+                    true => self.emit(format!("and {ints} {word}, {}", splat_int(-65536, lanes))),
+                    false => self.emit(format!("shl {ints} {word}, {}", splat_int(16, lanes))),
+                };
+                self.emit(format!("bitcast {ints} {bits} to {floats}"))
+            });
+            let name = suffix("f32", lanes);
+            sum = self
+                .emit(format!("call {floats} @llvm.fma.{name}({floats} {x}, {floats} {y}, {floats} {sum})"));
+        }
+        sum
+    }
+}
+
+fn index_arith(op: Arith, x: i64, y: i64) -> i64 {
+    match op {
+        Arith::Add => x + y,
+        Arith::Sub => x - y,
+        Arith::Mul => x * y,
+        Arith::Div => x.div_euclid(y),
+        Arith::Rem => x.rem_euclid(y),
+        Arith::Min => x.min(y),
+        Arith::Max => x.max(y),
+    }
+}
+
+/// `v16f32`, or `f32` for one lane.
+pub(crate) fn suffix(elem: &str, lanes: u16) -> String {
+    if lanes == 1 { elem.to_string() } else { format!("v{lanes}{elem}") }
+}
+
+pub(crate) fn splat_int(x: i64, lanes: u16) -> String {
+    if lanes == 1 { x.to_string() } else { format!("splat (i32 {x})") }
+}
+
+/// A float as LLVM writes it exactly: the bits of the double that it is.
+pub(crate) fn float_bits(x: f64) -> String {
+    format!("0x{:016X}", (x as f32 as f64).to_bits())
+}
+
+fn literal(value: f64, ty: Type) -> String {
+    let Type::Vector { dtype, lanes } = ty else { return (value as i64).to_string() };
+    let one = match dtype {
+        DType::F32 => float_bits(value),
+        DType::BF16 => ((value as f32).to_bits() >> 16).to_string(),
+        DType::Bool => (value != 0.0).to_string(),
+        _ => (value as i64).to_string(),
+    };
+    if lanes == 1 { one } else { format!("splat ({} {one})", llvm_elem(dtype)) }
+}
