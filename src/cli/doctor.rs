@@ -1,0 +1,181 @@
+//! `doctor`: what is here, what is missing, and how to get it.
+
+use super::ceilings;
+use super::error::CliError;
+use super::screen::{Screen, bandwidth, bytes, flops, pairs, print, print_json};
+use clap::Args;
+use ir::DType;
+use runtime::{map, meter, pool};
+use serde::Serialize;
+use serde_json::json;
+use std::env;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+#[derive(Args)]
+#[command(after_help = "\
+Example:
+  llamac doctor
+  llamac doctor --json")]
+pub struct Options {}
+
+/// Something that may be there or not.
+#[derive(Serialize)]
+struct Part {
+    name: &'static str,
+    /// What was found; none if it is missing.
+    found: Option<String>,
+    /// What one goes without.
+    without: &'static str,
+    /// The command that gets it.
+    cure: &'static str,
+}
+
+/// Seconds that each ceiling is measured for.
+const METER_SECONDS: f64 = 0.2;
+
+pub fn doctor(_: &Options, screen: &Screen) -> Result<(), CliError> {
+    let threads = pool::physical_cores();
+    let large = usize::MAX;
+    let bf16 = ceilings::measure(threads, DType::BF16, large, METER_SECONDS)?.best();
+    let f32 = ceilings::measure(threads, DType::F32, large, METER_SECONDS)?.best();
+    let read = bf16.read_bytes_per_s.max(f32.read_bytes_per_s);
+    let features = runtime::cpu::features();
+    let parts = parts();
+    let cpu = cpu_name();
+    let (total, available) = (map::total_bytes(), map::available_bytes());
+    if screen.json {
+        return print_json(&json!({
+            "llamac": env!("CARGO_PKG_VERSION"),
+            "cpu": cpu,
+            "features": features,
+            "physical_cores": threads,
+            "threads": pool::allowed_cores().len(),
+            "memory": { "total": total, "available": available },
+            "largest_cache": meter::cache_bytes(),
+            "ceilings": { "read_bytes_per_s": read, "dot_flops_f32": f32.dot_flops, "dot_flops_bf16": bf16.dot_flops },
+            "cache_folder": cache_folder(),
+            "parts": parts,
+        }));
+    }
+    let known = |size: Option<u64>| size.map_or("?".to_string(), bytes);
+    let bf16_form = if meter::has_bf16_dot() { "vdpbf16ps" } else { "by conversion to f32" };
+    let mut text = pairs(&[
+        ("llamac", env!("CARGO_PKG_VERSION").to_string()),
+        ("CPU", cpu),
+        ("features", features.join(" ")),
+        ("cores", format!("{threads} physical, {} threads", pool::allowed_cores().len())),
+        ("memory", format!("{}, {} available", known(total), known(available))),
+        ("largest cache", known(meter::cache_bytes().map(|b| b as u64))),
+        ("read", format!("{} by {threads} threads", bandwidth(read))),
+        ("dot f32", flops(f32.dot_flops)),
+        ("dot bf16", format!("{} ({bf16_form})", flops(bf16.dot_flops))),
+        ("cache folder", cache_folder()),
+    ]);
+    text.push('\n');
+    let found = |part: &Part| part.found.clone().unwrap_or_else(|| "missing".to_string());
+    let rows: Vec<(&str, String)> = parts.iter().map(|part| (part.name, found(part))).collect();
+    text += &pairs(&rows);
+    for part in parts.iter().filter(|part| part.found.is_none()) {
+        text += &format!("\n{} is missing. Without it: {}.\n  {}\n", part.name, part.without, part.cure);
+    }
+    print(&text)
+}
+
+fn parts() -> Vec<Part> {
+    let mut parts = compiler();
+    parts.push(Part {
+        name: "CUDA driver",
+        found: driver(),
+        without: "no model runs on a GPU",
+        cure: "install NVIDIA's driver: apt-get install nvidia-driver (component non-free)",
+    });
+    parts.push(Part {
+        name: "ptxas",
+        found: version_of("ptxas"),
+        without: "PTX is not assembled ahead of time; the driver does it at load",
+        cure: "python3 -m venv ptx && ptx/bin/pip install nvidia-cuda-nvcc, and put its bin folder in PATH",
+    });
+    parts
+}
+
+#[cfg(feature = "compiler")]
+fn compiler() -> Vec<Part> {
+    vec![
+        Part { name: "LLVM", found: Some(codegen::cpu::llvm_version()), without: "", cure: "" },
+        Part {
+            name: "linker",
+            found: codegen::link::linker().map(|(name, version)| format!("{name} ({version})")),
+            without: "nothing can be compiled",
+            cure: "apt-get install lld-22",
+        },
+    ]
+}
+
+#[cfg(not(feature = "compiler"))]
+fn compiler() -> Vec<Part> {
+    vec![Part {
+        name: "compiler",
+        found: None,
+        without: "artifacts run, and nothing can be compiled",
+        cure: "cargo install llamac, with its default features",
+    }]
+}
+
+#[cfg(feature = "compiler")]
+fn cache_folder() -> String {
+    let folder = super::cache::folder();
+    let files = fs::read_dir(&folder).into_iter().flatten().flatten();
+    let sizes: Vec<u64> = files.filter_map(|f| f.metadata().ok()).map(|m| m.len()).collect();
+    let total: u64 = sizes.iter().sum();
+    format!("{} ({} in {} files; may be removed)", folder.display(), bytes(total), sizes.len())
+}
+
+#[cfg(not(feature = "compiler"))]
+fn cache_folder() -> String {
+    "none: nothing is compiled".to_string()
+}
+
+fn cpu_name() -> String {
+    let text = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let name = text.lines().find_map(|line| line.strip_prefix("model name")?.split_once(':'));
+    name.map_or(env::consts::ARCH.to_string(), |(_, name)| name.trim().to_string())
+}
+
+/// The driver's version, and its library if that is there too; the GPUs that it has.
+fn driver() -> Option<String> {
+    let folders = [
+        "/usr/lib/x86_64-linux-gnu",
+        "/usr/lib/aarch64-linux-gnu",
+        "/usr/lib64",
+        "/usr/lib",
+        "/usr/lib/wsl/lib",
+    ];
+    let path = env::var_os("LD_LIBRARY_PATH").unwrap_or_default();
+    let mut folders = folders.map(PathBuf::from).into_iter().chain(env::split_paths(&path));
+    let library = folders.find(|folder| folder.join("libcuda.so.1").exists())?.join("libcuda.so.1");
+    let version = fs::read_to_string("/proc/driver/nvidia/version").unwrap_or_default();
+    let version = version
+        .lines()
+        .next()
+        .and_then(|line| line.split_whitespace().find(|w| w.starts_with(|c: char| c.is_ascii_digit())));
+    let version = version.unwrap_or("version unknown").to_string();
+    let gpus = fs::read_dir("/proc/driver/nvidia/gpus").into_iter().flatten().flatten();
+    let names: Vec<String> = gpus.filter_map(|gpu| model_of(&gpu.path())).collect();
+    let names = if names.is_empty() { "no GPU".to_string() } else { names.join(", ") };
+    Some(format!("{version}, {}; {names}", library.display()))
+}
+
+fn model_of(gpu: &Path) -> Option<String> {
+    let text = fs::read_to_string(gpu.join("information")).ok()?;
+    let line = text.lines().find_map(|line| line.strip_prefix("Model:"))?;
+    Some(line.trim().to_string())
+}
+
+/// The last line of a program's version.
+fn version_of(program: &str) -> Option<String> {
+    let output = Command::new(program).arg("--version").output().ok().filter(|o| o.status.success())?;
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    text.lines().rfind(|line| !line.trim().is_empty()).map(|line| line.trim().to_string())
+}

@@ -1,0 +1,294 @@
+//! Compiling a model into an artifact.
+
+use crate::pipeline::{self, Request};
+use crate::weights::{self, Source};
+use codegen::cpu::{CodegenError, Form, Level};
+use ir::DType;
+use ir::families::LowerError;
+use models::{Config, ReadError};
+use runtime::artifact::{ArtifactError, ArtifactWriter};
+use runtime::manifest::{self, Manifest, TargetCode};
+use std::cell::Cell;
+use std::ops::ControlFlow;
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+use std::{fs, io};
+
+/// What to compile and for what.
+pub struct Options<'a> {
+    /// Name that the artifact shall bear.
+    pub model: String,
+    /// The model's shape.
+    pub config: &'a Config,
+    /// Its weights; none for code and plan alone.
+    pub weights: Option<Source<'a>>,
+    /// `tokenizer.json`.
+    pub tokenizer: Option<&'a [u8]>,
+    /// Jinja text.
+    pub chat_template: Option<&'a str>,
+    /// Dtype of weights and stored values.
+    pub dtype: DType,
+    /// Positions that a sequence may have.
+    pub context: usize,
+    /// Names of targets, best first.
+    pub targets: Vec<String>,
+    /// Folder for each stage's text, one folder a target in it.
+    pub keep: Option<&'a Path>,
+}
+
+/// Why a compilation failed.
+#[derive(Debug, thiserror::Error)]
+pub enum CompileError {
+    /// The checkpoint cannot be read.
+    #[error(transparent)]
+    Read(#[from] ReadError),
+    /// No kernel for a group.
+    #[error(transparent)]
+    Lower(#[from] LowerError),
+    /// No code.
+    #[error(transparent)]
+    Codegen(#[from] CodegenError),
+    /// The artifact cannot be written.
+    #[error(transparent)]
+    Artifact(#[from] ArtifactError),
+    /// A dtype that no CPU kernel computes in.
+    #[error("dtype {found} cannot be compiled for a CPU; expected f32 or bf16")]
+    DType {
+        /// As asked.
+        found: DType,
+    },
+    /// `progress` said so.
+    #[error("interrupted")]
+    Interrupted,
+    /// A stage's text cannot be kept.
+    #[error("{}: cannot be written", file.display())]
+    Keep {
+        /// The file or folder.
+        file: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// A context that the model was not made for.
+    #[error("context {found}: expected 1 to {most}, the model's own")]
+    Context {
+        /// As asked.
+        found: usize,
+        /// The model's.
+        most: usize,
+    },
+}
+
+/// How long the parts of a compilation took.
+#[derive(Clone, Debug, Default)]
+pub struct Seconds {
+    /// Graph building and each pass, over all targets.
+    pub passes: Vec<(&'static str, f64)>,
+    /// LLVM and linker.
+    pub codegen: f64,
+    /// Reading, packing and writing weights.
+    pub weights: f64,
+    /// All.
+    pub total: f64,
+}
+
+/// What a compilation is doing.
+#[derive(Clone, Copy, Debug)]
+pub enum Progress<'a> {
+    /// Making code for a target.
+    Code(&'a str),
+    /// Writing weights: bytes done and in all.
+    Weights(usize, usize),
+}
+
+/// Code of one target.
+pub struct Code {
+    /// The target.
+    pub level: Level,
+    /// All stages before it.
+    pub lowered: pipeline::Lowered,
+    /// LLVM IR text.
+    pub llvm: String,
+}
+
+/// A stage whose text can be looked at.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stage {
+    /// Graphs before any pass.
+    Graph,
+    /// Graphs after all passes: groups, layouts, schedules.
+    Fused,
+    /// Kernel IR.
+    Kernels,
+    /// The plan.
+    Plan,
+    /// LLVM IR, before LLVM's passes.
+    Llvm,
+    /// Assembly.
+    Asm,
+}
+
+impl Stage {
+    /// Every stage, with its name and the ending of its file.
+    #[rustfmt::skip] // a table
+    pub const ALL: [(Stage, &'static str, &'static str); 6] = [
+        (Stage::Graph,   "graph",   "ir"),
+        (Stage::Fused,   "fused",   "ir"),
+        (Stage::Kernels, "kernels", "ir"),
+        (Stage::Plan,    "plan",    "txt"),
+        (Stage::Llvm,    "llvm",    "ll"),
+        (Stage::Asm,     "asm",     "s"),
+    ];
+}
+
+impl Code {
+    /// The text of a stage.
+    ///
+    /// # Errors
+    ///
+    /// [`Stage::Asm`] asks LLVM, which may refuse.
+    pub fn text(&self, request: &Request<'_>, stage: Stage) -> Result<String, CodegenError> {
+        let join = |graphs: Vec<String>| graphs.join("\n");
+        Ok(match stage {
+            Stage::Graph => join(request.graphs().iter().map(|(graph, _)| graph.to_string()).collect()),
+            Stage::Fused => join(self.lowered.entries.iter().map(|e| e.graph.to_string()).collect()),
+            Stage::Kernels => join(self.lowered.kernels.iter().map(|k| k.to_string()).collect()),
+            Stage::Plan => self.lowered.plan.to_string(),
+            Stage::Llvm => self.llvm.clone(),
+            Stage::Asm => {
+                let bytes = codegen::cpu::compile(&self.llvm, &self.level, Form::Assembly)?;
+                String::from_utf8_lossy(&bytes).into_owned()
+            }
+        })
+    }
+
+    /// Writes the text of every stage into a folder.
+    fn keep(&self, request: &Request<'_>, folder: &Path) -> Result<(), CompileError> {
+        let failed = |file: &Path, source| CompileError::Keep { file: file.to_path_buf(), source };
+        let folder = folder.join(self.level.name.replace(':', "-"));
+        fs::create_dir_all(&folder).map_err(|e| failed(&folder, e))?;
+        for (stage, name, ending) in Stage::ALL {
+            let file = folder.join(format!("{name}.{ending}"));
+            fs::write(&file, self.text(request, stage)?).map_err(|e| failed(&file, e))?;
+        }
+        Ok(())
+    }
+}
+
+/// Lowers a model for a target, up to LLVM IR text.
+///
+/// # Errors
+///
+/// An unknown target, or a group without a kernel.
+pub fn lower(request: &Request<'_>, target: &str) -> Result<Code, CompileError> {
+    if !matches!(request.dtype, DType::F32 | DType::BF16) {
+        return Err(CompileError::DType { found: request.dtype });
+    }
+    let most = request.config.context;
+    if request.context == 0 || request.context > most {
+        return Err(CompileError::Context { found: request.context, most });
+    }
+    let level = codegen::cpu::level(target)?;
+    let lowered = pipeline::lower(request, &level.target)?;
+    let llvm = codegen::lower::module(&lowered.plan, &lowered.kernels, level.features);
+    Ok(Code { level, lowered, llvm })
+}
+
+/// Compiles a model to `file`.
+///
+/// # Errors
+///
+/// [`CompileError`], [`CompileError::Interrupted`] if `progress` breaks; the file is then as it was before.
+pub fn compile(
+    options: &Options<'_>,
+    file: &Path,
+    progress: &mut dyn FnMut(Progress<'_>) -> ControlFlow<()>,
+) -> Result<Seconds, CompileError> {
+    let begin = Instant::now();
+    let mut seconds = Seconds::default();
+    let request = Request { config: options.config, dtype: options.dtype, context: options.context };
+    let mut codes = Vec::new();
+    for target in &options.targets {
+        check(progress(Progress::Code(target)))?;
+        let code = lower(&request, target)?;
+        add(&mut seconds.passes, &code.lowered.seconds);
+        if let Some(folder) = options.keep {
+            code.keep(&request, folder)?;
+        }
+        let start = Instant::now();
+        let object = codegen::cpu::compile(&code.llvm, &code.level, Form::Object)?;
+        let linked = codegen::link::link(&object)?;
+        seconds.codegen += start.elapsed().as_secs_f64();
+        codes.push((code, linked));
+    }
+
+    let plan = &codes[0].0.lowered.plan;
+    let bytes = if options.weights.is_some() { plan.weight_bytes() } else { 0 };
+    let mut writer = ArtifactWriter::create(file, Some(bytes as u64))?;
+    let mut targets = Vec::new();
+    for (code, linked) in &codes {
+        let target = TargetCode {
+            name: code.level.name.clone(),
+            abi: codegen::lower::ABI,
+            requires: code.level.requires.clone(),
+            arch: code.level.triple.split('-').next().unwrap_or_default().to_string(),
+        };
+        section(&mut writer, &target.plan_section(), code.lowered.plan.to_string().as_bytes())?;
+        section(&mut writer, &target.code_section(), linked)?;
+        targets.push(target);
+    }
+    let graph = codes[0].0.text(&request, Stage::Graph)?;
+    section(&mut writer, manifest::GRAPH, graph.as_bytes())?;
+    if let Some(tokenizer) = options.tokenizer {
+        section(&mut writer, manifest::TOKENIZER, tokenizer)?;
+    }
+    if let Some(template) = options.chat_template {
+        section(&mut writer, manifest::CHAT_TEMPLATE, template.as_bytes())?;
+    }
+    if let Some(source) = &options.weights {
+        let start = Instant::now();
+        let mut out = writer.section(manifest::WEIGHTS)?;
+        let go_on = Cell::new(ControlFlow::Continue(()));
+        let mut append = |piece: &[u8]| {
+            check(go_on.get())?;
+            out.append(piece).map_err(CompileError::from)
+        };
+        let mut done = |done| go_on.set(progress(Progress::Weights(done, bytes)));
+        weights::write(plan, source, &mut append, &mut done)?;
+        out.end()?;
+        seconds.weights = start.elapsed().as_secs_f64();
+    }
+    writer.finish(&Manifest {
+        model: options.model.clone(),
+        config: serde_json::to_value(options.config).expect("a config is plain data"),
+        dtype: options.dtype.name().to_string(),
+        context: options.context,
+        weights: options.weights.is_some(),
+        targets,
+        compiler: env!("CARGO_PKG_VERSION").to_string(),
+        llvm: codegen::cpu::llvm_version(),
+        bos: options.config.bos,
+        eos: options.config.eos.clone(),
+    })?;
+    seconds.total = begin.elapsed().as_secs_f64();
+    Ok(seconds)
+}
+
+fn check(flow: ControlFlow<()>) -> Result<(), CompileError> {
+    if flow.is_break() { Err(CompileError::Interrupted) } else { Ok(()) }
+}
+
+/// Adds the seconds of another target.
+fn add(sum: &mut Vec<(&'static str, f64)>, more: &[(&'static str, f64)]) {
+    for &(name, seconds) in more {
+        match sum.iter_mut().find(|(n, _)| *n == name) {
+            Some((_, s)) => *s += seconds,
+            None => sum.push((name, seconds)),
+        }
+    }
+}
+
+fn section(writer: &mut ArtifactWriter, name: &str, bytes: &[u8]) -> Result<(), ArtifactError> {
+    let mut section = writer.section(name)?;
+    section.append(bytes)?;
+    section.end().map(drop)
+}

@@ -1,0 +1,16 @@
+//! llamac: a tensor compiler and kernel generator for LLaMA-family models.
+//!
+//! * [`model`]: the MODEL argument of every verb.
+//! * [`pipeline`]: a model's graphs through every pass to kernels and a plan.
+//! * [`weights`]: a checkpoint's tensors in the order and packing that the plan wants.
+//! * [`predict`]: what a plan's steps cost, and how long they take at least.
+//! * [`judge`]: what counts as right; the only place with tolerances.
+//! * [`compile`] (feature `compiler`): code for each target, and the artifact.
+
+#[cfg(feature = "compiler")]
+pub mod compile;
+pub mod judge;
+pub mod model;
+pub mod pipeline;
+pub mod predict;
+pub mod weights;

@@ -1,0 +1,9 @@
+//! The command `llamac`.
+
+mod cli;
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    cli::main()
+}

@@ -1,0 +1,115 @@
+//! From a config to kernels and a plan: every stage of a compilation, each of which can be looked at.
+
+use ir::families::LowerError;
+use ir::graph::Graph;
+use ir::kernel::Kernel;
+use ir::passes::Run;
+use ir::passes::lower::{Kernels, Launched};
+use ir::plan::{Give, Plan};
+use ir::target::Target;
+use ir::{DType, passes};
+use models::Config;
+use models::llama::{self, Step};
+use std::time::Instant;
+
+/// Most tokens of a prefill step: longer prompts are cut, which changes no bit.
+pub const CHUNK: usize = 512;
+/// Most tokens of a step that gives every position's logits: they are as large as the vocabulary.
+pub const ALL_LOGITS: usize = 64;
+
+/// What is compiled: a model's shape in a dtype, for so many positions.
+#[derive(Clone, Debug)]
+pub struct Request<'a> {
+    /// The model.
+    pub config: &'a Config,
+    /// Dtype of weights and stored values.
+    pub dtype: DType,
+    /// Positions that a sequence may have.
+    pub context: usize,
+}
+
+impl Request<'_> {
+    /// The entry points, as graphs before any pass.
+    pub fn graphs(&self) -> Vec<(Graph, Give)> {
+        let step = |name, tokens, give| Step { name, tokens, give };
+        let mut steps = vec![step("decode", (1, 1), Give::Last)];
+        if self.context > 1 {
+            steps.push(step("prefill", (2, CHUNK.min(self.context)), Give::Last));
+        }
+        steps.push(step("fill", (1, CHUNK.min(self.context)), Give::Nothing));
+        steps.push(step("logits_all", (1, ALL_LOGITS.min(self.context)), Give::All));
+        let graph = |s: &Step| llama::graph(self.config, self.dtype, self.context, s);
+        steps.iter().map(|s| (graph(s), s.give)).collect()
+    }
+}
+
+/// One entry point after all passes.
+#[derive(Clone, Debug)]
+pub struct Entry {
+    /// The graph with groups, layouts and schedules.
+    pub graph: Graph,
+    /// A launch for each group.
+    pub launches: Vec<Launched>,
+    /// What it gives back.
+    pub give: Give,
+}
+
+/// A model lowered for one target.
+#[derive(Clone, Debug)]
+pub struct Lowered {
+    /// Entry points.
+    pub entries: Vec<Entry>,
+    /// Their kernels, without repetition.
+    pub kernels: Vec<Kernel>,
+    /// What runs on which bytes.
+    pub plan: Plan,
+    /// Seconds that each pass took over all entry points, in the order in which they ran; `graph` builds them.
+    pub seconds: Vec<(&'static str, f64)>,
+}
+
+/// Runs every pass on every entry point.
+///
+/// # Errors
+///
+/// When no kernel family covers a group.
+pub fn lower(request: &Request<'_>, target: &Target) -> Result<Lowered, LowerError> {
+    let mut seconds = Vec::new();
+    let mut graphs = timed(&mut seconds, "graph", || request.graphs());
+    for pass in &passes::PASSES {
+        timed(&mut seconds, pass.name, || match pass.run {
+            Run::Graph(run) => graphs.iter_mut().try_for_each(|(graph, _)| run(graph, target)),
+            Run::Graphs(run) => {
+                run(&mut graphs.iter_mut().map(|(graph, _)| graph).collect::<Vec<_>>());
+                Ok(())
+            }
+            // Below: what they give is no graph.
+            Run::Kernels | Run::Plan => Ok(()),
+        })?;
+    }
+    let mut kernels = Kernels::default();
+    let entries = timed(&mut seconds, "lower", || {
+        let entry = |(graph, give): (Graph, Give)| {
+            let launches = passes::lower::lower(&graph, target, &mut kernels)?;
+            Ok(Entry { graph, launches, give })
+        };
+        graphs.into_iter().map(entry).collect::<Result<Vec<_>, LowerError>>()
+    })?;
+    let planned: Vec<_> = entries
+        .iter()
+        .map(|e| passes::memory::Lowered { graph: &e.graph, launches: e.launches.clone(), give: e.give })
+        .collect();
+    let plan = timed(&mut seconds, "memory", || passes::memory::memory(&planned, &kernels));
+    drop(planned);
+    Ok(Lowered { entries, kernels: kernels.list, plan, seconds })
+}
+
+fn timed<T>(seconds: &mut Vec<(&'static str, f64)>, name: &'static str, work: impl FnOnce() -> T) -> T {
+    let start = Instant::now();
+    let done = work();
+    let took = start.elapsed().as_secs_f64();
+    match seconds.iter_mut().find(|(n, _)| *n == name) {
+        Some((_, sum)) => *sum += took,
+        None => seconds.push((name, took)),
+    }
+    done
+}

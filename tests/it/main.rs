@@ -1,0 +1,21 @@
+//! Everything that links LLVM, in one binary.
+//!
+//! * [`reference`]: real models against what PyTorch computes, on every device.
+//!
+//! A check that cannot run here says so and why; their number is the last line. Figures are printed as shares of a bound:
+//! 1 is the most that is right.
+
+mod reference;
+mod skipped;
+
+/// What a check says: nothing, or what is wrong.
+type Checked<T> = Result<T, Box<dyn std::error::Error>>;
+
+fn main() {
+    let args = libtest_mimic::Arguments::from_args();
+    let mut trials = Vec::new();
+    trials.extend(reference::trials());
+    let conclusion = libtest_mimic::run(&args, trials);
+    skipped::print_all();
+    conclusion.exit();
+}
