@@ -153,12 +153,17 @@ pub fn storage(graph: &Graph, id: ValueId) -> ValueId {
     }
 }
 
-/// Text of the schedule that a family uses where nothing was measured.
-pub fn default_schedule(view: &GroupView<'_>, target: &Target) -> Result<String, LowerError> {
+/// The legal space of a group on a machine: the text of every schedule that its family may use, the best by the cost
+/// model first. A family without a choice has one empty text.
+///
+/// # Errors
+///
+/// When the family does not cover the group.
+pub fn schedules(view: &GroupView<'_>, target: &Target) -> Result<Vec<String>, LowerError> {
     match view.family() {
-        Family::Dot => dot::default_schedule(view, target),
-        Family::Attention => attention::default_schedule(view, target),
-        Family::Rowwise | Family::Elementwise | Family::Gather | Family::Sample => Ok(String::new()),
+        Family::Dot => dot::schedules(view, target),
+        Family::Attention => attention::schedules(view, target),
+        Family::Rowwise | Family::Elementwise | Family::Gather | Family::Sample => Ok(vec![String::new()]),
     }
 }
 

@@ -58,19 +58,26 @@ impl AttentionSchedule {
 /// Keys of a tile unless a schedule says otherwise. Cache capacities are multiples of it.
 pub const KEYS: usize = 64;
 
-/// The register tile that the machine holds.
+/// Register tiles that the machine holds, largest first. All have [`KEYS`] keys: entry points that share a cache then give
+/// the same bits.
 ///
 /// # Errors
 ///
 /// When the group is no attention.
-pub fn default_schedule(view: &GroupView<'_>, target: &Target) -> Result<String, LowerError> {
+pub fn schedules(view: &GroupView<'_>, target: &Target) -> Result<Vec<String>, LowerError> {
     let shape = shape_of(view)?;
     let wide = target.registers_per_vector();
     let fits = |mr: usize, nr: usize| (mr * nr + nr) * wide < target.vector_registers;
     let most = if shape.one_step { shape.per_kv.min(8) } else { 6 };
-    let mr = (1..=most).rev().find(|&mr| fits(mr, 1)).unwrap_or(1);
-    let nr = [4, 2, 1].into_iter().find(|&nr| fits(mr, nr)).unwrap_or(1);
-    Ok(schedule::print(&AttentionSchedule { mr, nr, keys: KEYS }.fields()))
+    let tiles = (1..=most).rev().flat_map(|mr| [4, 2, 1].map(|nr| (mr, nr)));
+    let mut tiles: Vec<(usize, usize)> = tiles.filter(|&(mr, nr)| fits(mr, nr)).collect();
+    if tiles.is_empty() {
+        tiles.push((1, 1));
+    }
+    Ok(tiles
+        .iter()
+        .map(|&(mr, nr)| schedule::print(&AttentionSchedule { mr, nr, keys: KEYS }.fields()))
+        .collect())
 }
 
 /// Extents of an attention.
@@ -118,7 +125,7 @@ pub fn lower(view: &GroupView<'_>, target: &Target) -> Result<Lowered, LowerErro
     let Shape { per_kv, kv_heads, d, slots, dtype, word, .. } = shape_of(view)?;
     let text = match &view.graph.groups[view.id.0 as usize].schedule {
         Some(text) => text.clone(),
-        None => default_schedule(view, target)?,
+        None => schedules(view, target)?.swap_remove(0),
     };
     let wrong =
         |what: String| LowerError::Schedule { group: view.name().to_string(), schedule: text.clone(), what };

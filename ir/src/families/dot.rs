@@ -234,12 +234,16 @@ pub fn packs(view: &GroupView<'_>, group: &DotGroup) -> Vec<Pack> {
 
 /// Register tiles that a machine can hold, best first by the model: loads for each multiplication, and how evenly
 /// panels fall on tiles and on two, four and eight workers.
-pub fn default_schedule(view: &GroupView<'_>, target: &Target) -> Result<String, LowerError> {
+///
+/// # Errors
+///
+/// As [`analyse`].
+pub fn schedules(view: &GroupView<'_>, target: &Target) -> Result<Vec<String>, LowerError> {
     let group = analyse(view)?;
     let streams = group.segments.iter().map(|s| s.streams.len()).max().unwrap_or(1);
     let one_row = group.m.constant() == Some(1);
     let wide = target.registers_per_vector();
-    let mut best: Option<(f64, DotSchedule)> = None;
+    let mut ranked: Vec<(f64, DotSchedule)> = Vec::new();
     for mr in 1..=if one_row { 1 } else { 12 } {
         for nr in (streams..=6).filter(|nr| group.segments.iter().all(|s| nr % s.streams.len() == 0)) {
             // Accumulators, one vector of each column, and a broadcast.
@@ -247,13 +251,14 @@ pub fn default_schedule(view: &GroupView<'_>, target: &Target) -> Result<String,
                 continue;
             }
             let cost: f64 = group.segments.iter().map(|s| segment_cost(s, group.k, mr, nr, one_row)).sum();
-            if best.is_none_or(|(least, _)| cost < least) {
-                best = Some((cost, DotSchedule { mr, nr, prefetch: 0 }));
-            }
+            ranked.push((cost, DotSchedule { mr, nr, prefetch: 0 }));
         }
     }
-    let (_, schedule) = best.ok_or_else(|| view.unsupported("streams that do not fit a register tile"))?;
-    Ok(schedule::print(&schedule.fields()))
+    if ranked.is_empty() {
+        return Err(view.unsupported("streams that do not fit a register tile"));
+    }
+    ranked.sort_by(|a, b| a.0.total_cmp(&b.0));
+    Ok(ranked.iter().map(|(_, schedule)| schedule::print(&schedule.fields())).collect())
 }
 
 /// Relative cost of a segment: work, times the loads that go with it, times the idle share of workers.
@@ -264,10 +269,10 @@ fn segment_cost(segment: &Segment, k: usize, mr: usize, nr: usize, one_row: bool
     let done = (turns * per_turn) as f64 * segment.streams.len() as f64 * k as f64;
     let idle: f64 =
         [2, 4, 8].iter().map(|w| (turns.div_ceil(*w) * w) as f64 / turns as f64).sum::<f64>() / 3.0;
-    // A single row streams weights: two to six vectors a step reach the memory's rate, one does not.
+    // A single row streams weights. A step of `k` takes a multiplication's latency, some six cycles: four vectors a step
+    // reach the memory's rate, two hardly, one does not.
     let loads = match one_row {
-        true if nr == 1 => 1.2,
-        true => 1.0,
+        true => [1.5, 1.2, 1.05, 1.0, 1.0, 1.05][(nr - 1).min(5)],
         false => 1.0 + 0.5 * (mr + nr) as f64 / (mr * nr) as f64 + if mr * nr < 20 { 0.3 } else { 0.0 },
     };
     done * loads * idle
@@ -282,7 +287,7 @@ pub fn lower(view: &GroupView<'_>, target: &Target) -> Result<Lowered, LowerErro
     let group = analyse(view)?;
     let text = match &view.graph.groups[view.id.0 as usize].schedule {
         Some(text) => text.clone(),
-        None => default_schedule(view, target)?,
+        None => schedules(view, target)?.swap_remove(0),
     };
     let schedule = DotSchedule::parse(&text).map_err(|what| LowerError::Schedule {
         group: view.name().to_string(),

@@ -4,7 +4,7 @@
 //! * Never: replaces a schedule that is there (pinned by hand, or measured).
 //! * Cost: O(groups * legal space). Tests: `tests/ir/schedule/`.
 
-use crate::families::{GroupView, LowerError, default_schedule};
+use crate::families::{GroupView, LowerError, schedules};
 use crate::graph::Graph;
 use crate::target::Target;
 
@@ -18,7 +18,7 @@ pub fn schedule(graph: &mut Graph, target: &Target) -> Result<(), LowerError> {
     for view in GroupView::all(graph) {
         let group = &graph.groups[view.id.0 as usize];
         if group.schedule.is_none() {
-            let text = default_schedule(&view, target)?;
+            let text = schedules(&view, target)?.swap_remove(0);
             chosen.push((view.id, (!text.is_empty()).then_some(text)));
         }
     }
