@@ -5,11 +5,14 @@
 //! * [`weights`]: a checkpoint's tensors in the order and packing that the plan wants.
 //! * [`predict`]: what a plan's steps cost, and how long they take at least.
 //! * [`judge`]: what counts as right; the only place with tolerances.
+//! * [`measure`] (feature `compiler`): the time of one kernel alone.
 //! * [`compile`] (feature `compiler`): code for each target, and the artifact.
 
 #[cfg(feature = "compiler")]
 pub mod compile;
 pub mod judge;
+#[cfg(feature = "compiler")]
+pub mod measure;
 pub mod model;
 pub mod pipeline;
 pub mod predict;

@@ -1,8 +1,9 @@
 //! `bench`: tokens a second, with the ceilings of the machine measured between the runs.
 //!
-//! A repeat is a prompt into an empty cache, then tokens one by one, with both ceilings between the two and inside. The
-//! tokens of every repeat and thread count must be the same. A speed is the median of the repeats, a ceiling the best
-//! of its samples.
+//! A repeat is a prompt into an empty cache, then tokens one by one. The machine may be shared and its speed may change
+//! from one moment to the next, so each ceiling is measured right before and right after what is held against it; a
+//! share is the median of such pairs, a speed the median of the repeats. The tokens of every repeat and thread count
+//! must be the same.
 
 use super::ceilings::{self, Samples};
 use super::error::CliError;
@@ -10,7 +11,7 @@ use super::screen::{Screen, bandwidth, columns, flops, print, print_json, short}
 use super::source::{self, BuildOptions, Ready, positive};
 use clap::Args;
 use ir::DType;
-use llamac::predict::{self, Ceilings};
+use llamac::predict;
 use runtime::cpu::Cpu;
 use runtime::device::{Device, DeviceError, Program, Step, Want, feed};
 use runtime::manifest::WEIGHTS;
@@ -54,10 +55,10 @@ fn positive_u32(text: &str) -> Result<u32, String> {
 
 /// Seed of a preset's weights, unless one is given.
 const SEED: u64 = 1;
-/// Seconds of a sample of a ceiling; each repeat takes several.
-const METER_SECONDS: f64 = 0.1;
-/// Decode steps between samples of the read bandwidth.
-const BLOCK: usize = 16;
+/// Seconds of a sample of a ceiling.
+const METER_SECONDS: f64 = 0.05;
+/// Seconds of decode steps between two samples.
+const BLOCK_SECONDS: f64 = 0.1;
 /// A share above 100 % by no more than this is noise of the two measurements.
 const NOISE: f64 = 0.03;
 
@@ -112,21 +113,11 @@ pub fn bench(options: &Options, screen: &Screen) -> Result<(), CliError> {
     let counts =
         if options.threads.is_empty() { vec![pool::physical_cores()] } else { options.threads.clone() };
 
-    // Anonymous memory may be read faster than a mapped file. It is freed before the model is loaded, so that the
-    // process never has more memory than the plan says.
-    let mut samples = Vec::new();
-    {
-        let buffer = ceilings::buffer(ready.plan.weight_bytes())?;
-        for &threads in &counts {
-            let read = Meter::new(threads).read(&buffer, 3.0 * METER_SECONDS);
-            samples.push(Samples { read, dot: Vec::new() });
-        }
-    }
     touch(ready.artifact.section(WEIGHTS).unwrap_or_default());
 
     let mut runs = Vec::new();
     let mut expected: Option<Vec<i32>> = None;
-    for (&threads, mut samples) in counts.iter().zip(samples) {
+    for &threads in &counts {
         screen.detail(format!("{threads} threads, {} repeats", options.repeats));
         let mut bench = Bench {
             ready: &ready,
@@ -136,7 +127,7 @@ pub fn bench(options: &Options, screen: &Screen) -> Result<(), CliError> {
             prompt,
             new,
         };
-        let run = bench.run(threads, options.repeats, &mut samples, &mut expected)?;
+        let run = bench.run(threads, options.repeats, &mut expected)?;
         runs.push(run);
     }
 
@@ -180,13 +171,20 @@ impl Bench<'_> {
         &mut self,
         threads: usize,
         repeats: u32,
-        samples: &mut Samples,
         expected: &mut Option<Vec<i32>>,
     ) -> Result<Run, CliError> {
+        let plan = &self.ready.plan;
+        let prompt = predict::prompt(plan, self.prompt);
+        let prompt_flops: u64 = prompt.iter().map(|step| predict::step_cost(plan, step).flops).sum();
+        // Halfway through the tokens written.
+        let step = predict::decode(plan, self.prompt + self.new / 2);
+        let step_bytes = step.map_or(0, |step| predict::step_cost(plan, &step).bytes);
+
+        let mut samples = Samples::default();
         let (mut prefills, mut decodes) = (Vec::new(), Vec::new());
         // The first turn takes page faults, and shows the tokens.
         for turn in 0..=repeats {
-            let measured = self.turn(samples)?;
+            let measured = self.turn(&mut samples)?;
             match expected {
                 Some(expected) if *expected != measured.tokens => {
                     let at = expected.iter().zip(&measured.tokens).take_while(|(a, b)| a == b).count();
@@ -196,31 +194,31 @@ impl Bench<'_> {
                 None => *expected = Some(measured.tokens),
             }
             if turn > 0 {
-                prefills.push(self.prompt as f64 / measured.prefill_seconds);
-                decodes.push(1.0 / measured.step_seconds);
+                prefills.push(measured.prefill);
+                decodes.extend(measured.decode);
             }
         }
-        let plan = &self.ready.plan;
-        let top = samples.best();
-        let (prefill, decode) = (meter::median(&prefills), meter::median(&decodes));
-        let prompt = predict::prompt(plan, self.prompt);
-        let prompt_flops: u64 = prompt.iter().map(|step| predict::step_cost(plan, step).flops).sum();
+        let median = |pairs: &[Pair], value: &dyn Fn(&Pair) -> f64| {
+            meter::median(&pairs.iter().map(value).collect::<Vec<f64>>())
+        };
+        let seconds = |pair: &Pair| pair.seconds;
+        let (prefill, decode) = (median(&prefills, &seconds), median(&decodes, &seconds));
+        let share = |pairs: &[Pair], work: u64| median(pairs, &|p| work as f64 / p.seconds / p.ceiling);
+        let top = samples.median();
         let prompt_seconds: f64 = prompt.iter().map(|step| top.step_seconds(plan, step)).sum();
-        // Halfway through the tokens written.
-        let step = predict::decode(plan, self.prompt + self.new / 2);
-        let step_bytes = step.map_or(0, |step| predict::step_cost(plan, &step).bytes);
-        let flops_per_s = prompt_flops as f64 * prefill / self.prompt as f64;
-        let bytes_per_s = step_bytes as f64 * decode;
-        let Ceilings { read_bytes_per_s, dot_flops } = top;
         Ok(Run {
             threads,
-            prefill: Prefill { tokens_per_s: prefill, flops_per_s, share_of_peak: flops_per_s / dot_flops },
-            decode: Decode {
-                tokens_per_s: decode,
-                bytes_per_s,
-                share_of_bandwidth: bytes_per_s / read_bytes_per_s,
+            prefill: Prefill {
+                tokens_per_s: self.prompt as f64 / prefill,
+                flops_per_s: prompt_flops as f64 / prefill,
+                share_of_peak: share(&prefills, prompt_flops),
             },
-            ceilings: Top { read_bytes_per_s, dot_flops },
+            decode: Decode {
+                tokens_per_s: 1.0 / decode,
+                bytes_per_s: step_bytes as f64 / decode,
+                share_of_bandwidth: share(&decodes, step_bytes),
+            },
+            ceilings: Top { read_bytes_per_s: top.read_bytes_per_s, dot_flops: top.dot_flops },
             predicted: Predicted {
                 prefill_tokens_per_s: self.prompt as f64 / prompt_seconds,
                 decode_tokens_per_s: step.map_or(0.0, |step| 1.0 / top.step_seconds(plan, &step)),
@@ -228,44 +226,65 @@ impl Bench<'_> {
         })
     }
 
-    /// A prompt, and tokens after it, with samples of both ceilings around and between.
+    /// A prompt, and tokens after it, with samples of the ceilings around and between.
     fn turn(&mut self, samples: &mut Samples) -> Result<Turn, CliError> {
         let vocab = self.program.vocab() as i32;
         let prompt: Vec<i32> = (0..self.prompt as i32).map(|i| (i * 7 + 1) % vocab).collect();
-        let weights = self.ready.artifact.section(WEIGHTS).unwrap_or_default();
-        let dot = ceilings::dot_of(self.dtype);
         let mut state = self.program.state()?;
 
-        samples.dot.extend(self.meter.dot(dot, METER_SECONDS));
+        let before = self.dot(samples);
         let start = Instant::now();
         let mut token = feed(&mut *self.program, &prompt, None, Want::Token, &mut state)?.token;
-        let prefill_seconds = start.elapsed().as_secs_f64();
-        samples.dot.extend(self.meter.dot(dot, METER_SECONDS));
+        let seconds = start.elapsed().as_secs_f64();
+        let prefill = Pair { seconds, ceiling: (before + self.dot(samples)) / 2.0 };
 
         let mut tokens = Vec::new();
-        let mut blocks = Vec::new();
+        let mut decode = Vec::new();
+        let mut before = self.read(samples);
         while tokens.len() < self.new {
-            samples.read.extend(self.meter.read(weights, METER_SECONDS));
-            let count = BLOCK.min(self.new - tokens.len());
-            let start = Instant::now();
-            for _ in 0..count {
+            let (start, first) = (Instant::now(), tokens.len());
+            while tokens.len() < self.new && start.elapsed().as_secs_f64() < BLOCK_SECONDS {
                 let last = token.unwrap_or_default();
                 tokens.push(last);
                 let step = Step { tokens: &[last], want: Want::Token };
                 token = self.program.run(&step, &mut state)?.token;
             }
-            blocks.push(start.elapsed().as_secs_f64() / count as f64);
+            let seconds = start.elapsed().as_secs_f64() / (tokens.len() - first) as f64;
+            let after = self.read(samples);
+            decode.push(Pair { seconds, ceiling: (before + after) / 2.0 });
+            before = after;
         }
-        samples.read.extend(self.meter.read(weights, METER_SECONDS));
         tokens.extend(token);
-        Ok(Turn { prefill_seconds, step_seconds: meter::median(&blocks), tokens })
+        Ok(Turn { prefill, decode, tokens })
+    }
+
+    /// FLOPs a second of dot products.
+    fn dot(&mut self, samples: &mut Samples) -> f64 {
+        let new = self.meter.dot(ceilings::dot_of(self.dtype), METER_SECONDS);
+        samples.dot.extend(&new);
+        meter::median(&new)
+    }
+
+    /// Bytes a second of reading the weights where they lie.
+    fn read(&mut self, samples: &mut Samples) -> f64 {
+        let new = self.meter.read(self.ready.artifact.section(WEIGHTS).unwrap_or_default(), METER_SECONDS);
+        samples.read.extend(&new);
+        meter::median(&new)
     }
 }
 
+/// A time and the ceiling around it.
+struct Pair {
+    /// Of a prompt, or of one decode step.
+    seconds: f64,
+    /// FLOPs or bytes a second.
+    ceiling: f64,
+}
+
 struct Turn {
-    prefill_seconds: f64,
-    /// Of one decode step: the median of blocks of steps.
-    step_seconds: f64,
+    prefill: Pair,
+    /// One a block of steps.
+    decode: Vec<Pair>,
     tokens: Vec<i32>,
 }
 

@@ -24,6 +24,11 @@ impl Samples {
         Ceilings { read_bytes_per_s: meter::best(&self.read), dot_flops: meter::best(&self.dot) }
     }
 
+    /// The middle of the samples: what the machine gave most of the time.
+    pub fn median(&self) -> Ceilings {
+        Ceilings { read_bytes_per_s: meter::median(&self.read), dot_flops: meter::median(&self.dot) }
+    }
+
     /// The least of the samples: how far the measurement spreads.
     pub fn least(&self) -> Ceilings {
         let least = |samples: &[f64]| samples.iter().copied().fold(f64::INFINITY, f64::min);
