@@ -365,7 +365,7 @@ pub enum Stmt {
         /// What; its dtype is the buffer's.
         value: Expr,
     },
-    /// Asks for a cache line early. It may lie outside the buffer.
+    /// Asks for a cache line early, into a core's larger cache. It may lie outside the buffer.
     Prefetch {
         /// From where.
         buffer: BufferId,

@@ -15,7 +15,7 @@ use super::{GroupView, LowerError, Lowered, rowwise};
 use crate::dim::Dim;
 use crate::dtype::DType;
 use crate::graph::{Pack, Stream, ValueId};
-use crate::kernel::{BufferId, Expr, LANES, Type};
+use crate::kernel::{BufferId, Builder, Expr, LANES, Type};
 use crate::op::{Compare, Op};
 use crate::schedule::{self, Field};
 use crate::target::Target;
@@ -28,16 +28,23 @@ pub struct DotSchedule {
     pub mr: usize,
     /// Vectors of 16 columns of a register tile; a multiple of the number of streams.
     pub nr: usize,
-    /// How many words of `k` ahead to prefetch weights; 0 for not at all.
+    /// Words of `k` of a block: `kc * nr` vectors of weights stay in the nearest cache while all rows of a block pass. 0 for
+    /// all of `k` at once.
+    pub kc: usize,
+    /// Rows of a block, whose sums wait in memory from one block of `k` to the next; a multiple of `mr`.
+    pub mc: usize,
+    /// How many turns ahead to ask for weights while rows pass, so that the next ones do not wait for memory; 0 for not at
+    /// all.
     pub prefetch: usize,
 }
 
 impl DotSchedule {
     /// The fields, for text, tuning and the numeric class.
-    pub fn fields(self) -> [Field; 3] {
-        let DotSchedule { mr, nr, prefetch } = self;
+    pub fn fields(self) -> [Field; 5] {
+        let DotSchedule { mr, nr, kc, mc, prefetch } = self;
+        // None is numeric: a sum takes `k` in order whatever the blocks are.
         let field = |name, value| Field { name, value, numeric: false };
-        [field("mr", mr), field("nr", nr), field("prefetch", prefetch)]
+        [field("mr", mr), field("nr", nr), field("kc", kc), field("mc", mc), field("prefetch", prefetch)]
     }
 
     /// Reads the text form.
@@ -46,13 +53,16 @@ impl DotSchedule {
     ///
     /// What does not fit, in words.
     pub fn parse(text: &str) -> Result<DotSchedule, String> {
-        let mut fields = DotSchedule { mr: 0, nr: 0, prefetch: 0 }.fields();
+        let mut fields = DotSchedule { mr: 0, nr: 0, kc: 0, mc: 0, prefetch: 0 }.fields();
         schedule::parse(text, &mut fields)?;
-        let [mr, nr, prefetch] = fields.map(|f| f.value);
+        let [mr, nr, kc, mc, prefetch] = fields.map(|f| f.value);
         if mr == 0 || nr == 0 || mr * nr > 64 {
             return Err("mr and nr must be at least 1, and mr * nr at most 64".to_string());
         }
-        Ok(DotSchedule { mr, nr, prefetch })
+        if mc == 0 || mc % mr != 0 || mc > 1024 {
+            return Err("mc must be a multiple of mr, from mr to 1024".to_string());
+        }
+        Ok(DotSchedule { mr, nr, kc, mc, prefetch })
     }
 }
 
@@ -218,9 +228,14 @@ fn columns(
     Ok(())
 }
 
+/// Elements of `k` that are multiplied together: those of four bytes.
+fn word(dtype: DType) -> usize {
+    if dtype == DType::BF16 { 2 } else { 1 }
+}
+
 /// The packings that a group's weights need, one a segment.
 pub fn packs(view: &GroupView<'_>, group: &DotGroup) -> Vec<Pack> {
-    let word = if group.dtype == DType::BF16 { 2 } else { 1 };
+    let word = word(group.dtype);
     let pack = |(number, segment): (usize, &Segment)| Pack {
         name: format!("{}.{number}", view.name()),
         dtype: group.dtype,
@@ -242,6 +257,7 @@ pub fn schedules(view: &GroupView<'_>, target: &Target) -> Result<Vec<String>, L
     let group = analyse(view)?;
     let streams = group.segments.iter().map(|s| s.streams.len()).max().unwrap_or(1);
     let one_row = group.m.constant() == Some(1);
+    let words = group.k.div_ceil(word(group.dtype));
     let wide = target.registers_per_vector();
     let mut ranked: Vec<(f64, DotSchedule)> = Vec::new();
     for mr in 1..=if one_row { 1 } else { 12 } {
@@ -250,8 +266,13 @@ pub fn schedules(view: &GroupView<'_>, target: &Target) -> Result<Vec<String>, L
             if (mr * nr + nr) * wide + 1 > target.vector_registers && mr * nr > streams {
                 continue;
             }
-            let cost: f64 = group.segments.iter().map(|s| segment_cost(s, group.k, mr, nr, one_row)).sum();
-            ranked.push((cost, DotSchedule { mr, nr, prefetch: 0 }));
+            for (kc, mc) in blocks(words, mr, nr, one_row) {
+                for prefetch in 0..=usize::from(!one_row) {
+                    let schedule = DotSchedule { mr, nr, kc, mc, prefetch };
+                    let cost = group.segments.iter().map(|s| segment_cost(s, words, schedule, one_row)).sum();
+                    ranked.push((cost, schedule));
+                }
+            }
         }
     }
     if ranked.is_empty() {
@@ -261,21 +282,41 @@ pub fn schedules(view: &GroupView<'_>, target: &Target) -> Result<Vec<String>, L
     Ok(ranked.iter().map(|(_, schedule)| schedule::print(&schedule.fields())).collect())
 }
 
+/// Blocks of `k` and of rows to choose from, `(kc, mc)`: none, or as many words as 256 KiB and 24 KiB of weights hold.
+fn blocks(words: usize, mr: usize, nr: usize, one_row: bool) -> Vec<(usize, usize)> {
+    let mut blocks = vec![(0, mr)];
+    if !one_row {
+        let sizes = [512 << 10, 256 << 10, 24 << 10].map(|bytes: usize| bytes / (64 * nr));
+        let pieces = sizes.map(|most| words.div_ceil(words.div_ceil(most)).next_multiple_of(16));
+        blocks
+            .extend(pieces.into_iter().filter(|&kc| kc < words).map(|kc| (kc, 96usize.next_multiple_of(mr))));
+        blocks.dedup();
+    }
+    blocks
+}
+
 /// Relative cost of a segment: work, times the loads that go with it, times the idle share of workers.
-fn segment_cost(segment: &Segment, k: usize, mr: usize, nr: usize, one_row: bool) -> f64 {
+fn segment_cost(segment: &Segment, words: usize, schedule: DotSchedule, one_row: bool) -> f64 {
+    let DotSchedule { mr, nr, kc, mc: _, prefetch } = schedule;
     let panels = segment.n().div_ceil(Pack::LANES);
     let per_turn = nr / segment.streams.len();
     let turns = panels.div_ceil(per_turn);
-    let done = (turns * per_turn) as f64 * segment.streams.len() as f64 * k as f64;
+    let done = (turns * per_turn) as f64 * segment.streams.len() as f64 * words as f64;
     let idle: f64 =
         [2, 4, 8].iter().map(|w| (turns.div_ceil(*w) * w) as f64 / turns as f64).sum::<f64>() / 3.0;
-    // A single row streams weights. A step of `k` takes a multiplication's latency, some six cycles: four vectors a step
-    // reach the memory's rate, two hardly, one does not.
-    let loads = match one_row {
-        true => [1.5, 1.2, 1.05, 1.0, 1.0, 1.05][(nr - 1).min(5)],
-        false => 1.0 + 0.5 * (mr + nr) as f64 / (mr * nr) as f64 + if mr * nr < 20 { 0.3 } else { 0.0 },
-    };
-    done * loads * idle
+    if one_row {
+        // A row streams weights, which the hardware asks for early by itself. A step of `k` takes a multiplication's latency,
+        // some six cycles: four vectors a step reach the memory's rate, two hardly, one does not.
+        let wait = [1.5, 1.2, 1.05, 1.0, 1.0, 1.05][(nr - 1).min(5)];
+        return done * idle * if prefetch > 0 { 1.1 * wait } else { wait };
+    }
+    let loads = 1.0 + 0.5 * (mr + nr) as f64 / (mr * nr) as f64 + if mr * nr < 20 { 0.3 } else { 0.0 };
+    // The weights of a turn are read again for each tile: they should stay in a core's larger cache. Storing sums between
+    // blocks costs less than that, but it costs.
+    let block = if kc == 0 { words } else { kc } * nr * 64;
+    let spills =
+        if block > 768 << 10 { 1.1 } else { 1.0 } * if kc > 0 { 1.0 + 4.0 / kc as f64 + 0.01 } else { 1.0 };
+    done * loads * idle * spills * if prefetch > 0 { 1.0 } else { 1.05 }
 }
 
 /// The kernel of a dot group.
@@ -304,7 +345,7 @@ pub fn lower(view: &GroupView<'_>, target: &Target) -> Result<Lowered, LowerErro
 
 /// The rows of `a` in memory: as they lie there, or made by the prologue in a workspace.
 fn left_operand(l: &mut Lowering<'_, '_>, group: &DotGroup) -> Result<BufferId, LowerError> {
-    let word = if group.dtype == DType::BF16 { 2 } else { 1 };
+    let word = word(group.dtype);
     let whole_words = group.k.is_multiple_of(word);
     if let Some(stored) = stored_left(l.view, group.a).filter(|_| whole_words) {
         return Ok(l.rows("a", stored));
@@ -375,7 +416,7 @@ fn product(
     number: usize,
     a: BufferId,
 ) -> Result<(), LowerError> {
-    let DotSchedule { nr, prefetch, .. } = *schedule;
+    let DotSchedule { nr, kc, prefetch, .. } = *schedule;
     let streams = segment.streams.len();
     if nr % streams != 0 {
         return Err(LowerError::Schedule {
@@ -385,15 +426,21 @@ fn product(
         });
     }
     let one_row = group.m.constant() == Some(1);
-    let mr = if one_row { 1 } else { schedule.mr };
     let name = format!("{}.{number}", l.view.name());
     let pack_number = l.view.graph.packs.iter().position(|p| p.name == name);
     let Some(pack_number) = pack_number else { return Err(l.view.unsupported("weights without a layout")) };
     let pack = l.view.graph.packs[pack_number].clone();
-    let (word, panels, per_turn) = (pack.word, pack.panels(), nr / streams);
+    let (panels, per_turn) = (pack.panels(), nr / streams);
+    let words = pack.words();
+    let kc = if kc == 0 { words } else { kc.min(words) };
+    let (mr, mc) = match (one_row, kc == words) {
+        (true, _) => (1, 1),
+        // Nothing waits: a tile is finished in one go.
+        (false, true) => (schedule.mr, schedule.mr),
+        (false, false) => (schedule.mr, schedule.mc),
+    };
     let w = l.pack("w", pack_number);
-    let tile = l.k.local("tile", DType::F32, &[mr, nr * Pack::LANES]);
-    let vector = Type::Vector { dtype: group.dtype, lanes: LANES * word as u16 };
+    let sums = l.k.local("tile", DType::F32, &[mc, nr * Pack::LANES]);
 
     let mut result = Ok(());
     l.parallel("turn", panels.div_ceil(per_turn).into(), |l, turn| {
@@ -402,23 +449,89 @@ fn product(
             if panels % per_turn == 0 { panel } else { panel.min(panels - 1) }
         };
         let mut rows = |l: &mut Lowering<'_, '_>, m: Expr| {
-            let row = |i: Expr| {
-                if one_row { Expr::Int(0) } else { (m.clone() + i).min(Expr::from(group.m) - 1i64) }
+            let count = if one_row { Expr::Int(1) } else { (Expr::from(group.m) - m.clone()).min(mc) };
+            let count = if mc == 1 { count } else { l.k.let_("rows", count) };
+            let ahead = if one_row { 0 } else { prefetch * per_turn };
+            let micro = MicroKernel { group, pack: &pack, mr, nr, ahead, a, w, sums, panel: &panel, m: &m };
+            micro.block(&mut l.k, count.clone(), [0usize.into(), kc.into()], true);
+            l.k.for_("from", kc, words, kc as i64, |k, from| {
+                let to = (from.clone() + kc).min(words);
+                micro.block(k, count.clone(), [from, to], false);
+            });
+            l.looped("i", count, |l, i| {
+                let t = l.k.let_("t", m.clone() + i.clone());
+                l.looped("p", per_turn.into(), |l, p| {
+                    let at = l.k.let_("panel", panel(p.clone()));
+                    let tile = Tile { buffer: sums, row: i, column: p * (streams * Pack::LANES) };
+                    let ended = epilogue(l, segment, &tile, &t, &at);
+                    result = std::mem::replace(&mut result, Ok(())).and(ended);
+                });
+            });
+        };
+        if one_row {
+            rows(l, Expr::Int(0));
+        } else {
+            l.stepped("m", group.m.into(), mc as i64, rows);
+        }
+    });
+    result
+}
+
+/// `mr` rows by `nr` vectors of columns in registers.
+struct MicroKernel<'a> {
+    group: &'a DotGroup,
+    pack: &'a Pack,
+    mr: usize,
+    nr: usize,
+    /// How many panels ahead weights are asked for; 0 for not at all.
+    ahead: usize,
+    a: BufferId,
+    w: BufferId,
+    /// Sums of a block of rows: `[mc, 16 nr]`.
+    sums: BufferId,
+    /// The `j`-th panel of this turn.
+    panel: &'a dyn Fn(Expr) -> Expr,
+    /// First row of the block.
+    m: &'a Expr,
+}
+
+impl MicroKernel<'_> {
+    /// Adds the products of words `from..to` of `k` to the sums of `count` rows, or begins them.
+    fn block(&self, k: &mut Builder, count: Expr, [from, to]: [Expr; 2], begins: bool) {
+        let MicroKernel { group, pack, mr, nr, ahead, a, w, sums, .. } = *self;
+        let lanes = LANES * pack.word as u16;
+        let vector = Type::Vector { dtype: group.dtype, lanes };
+        let streams = pack.streams.len();
+        // One tile needs no loop.
+        let single =
+            mr == k.kernel()[sums].shape[0].constant().expect("a local's shape is constant") as usize;
+        let tile = |k: &mut Builder, r: Expr| {
+            let last = Expr::from(group.m) - 1i64;
+            let row = |i: Expr| match group.m.constant() {
+                Some(1) => Expr::Int(0),
+                _ => (self.m.clone() + r.clone() + i).min(last.clone()),
             };
-            let acc = l.k.reg("acc", Type::f32(LANES), &[mr, nr], Some(Expr::f32(0.0, LANES)));
-            let b = l.k.reg("b", vector, &[nr], None);
-            l.k.for_("k", 0usize, pack.words(), 1, |k, at| {
+            let acc = k.reg("acc", Type::f32(LANES), &[mr, nr], begins.then(|| Expr::f32(0.0, LANES)));
+            let b = k.reg("b", vector, &[nr], None);
+            let each = |k: &mut Builder, body: &mut dyn FnMut(&mut Builder, Expr, Expr)| {
+                k.unroll("i", mr, |k, i| k.unroll("j", nr, |k, j| body(k, i, j)));
+            };
+            let place = |i: &Expr, j: &Expr| [r.clone() + i.clone(), j.clone() * Pack::LANES];
+            if !begins {
+                each(k, &mut |k, i, j| {
+                    let sum = k.load(sums, &place(&i, &j), LANES);
+                    k.set(acc, &[i, j], sum);
+                });
+            }
+            let step = |k: &mut Builder, at: Expr| {
                 k.unroll("j", nr, |k, j| {
-                    let (panel, stream) = (panel(j.clone() / streams), j.clone() % streams);
-                    if prefetch > 0 {
-                        let ahead = at.clone() + prefetch;
-                        k.prefetch(w, &[panel.clone(), stream.clone(), ahead, Expr::Int(0)]);
-                    }
-                    let column = k.load(w, &[panel, stream, at.clone(), Expr::Int(0)], LANES * word as u16);
+                    let place =
+                        [(self.panel)(j.clone() / streams), j.clone() % streams, at.clone(), Expr::Int(0)];
+                    let column = k.load(w, &place, lanes);
                     k.set(b, &[j], column);
                 });
                 k.unroll("i", mr, |k, i| {
-                    let x = k.load(a, &[row(i.clone()), at * word], word as u16);
+                    let x = k.load(a, &[row(i.clone()), at * pack.word], pack.word as u16);
                     let x = k.let_("x", x.splat(LANES));
                     k.unroll("j", nr, |k, j| {
                         let (sum, column) =
@@ -430,32 +543,34 @@ fn product(
                         k.set(acc, &[i, j], sum);
                     });
                 });
-            });
-            l.k.unroll("i", mr, |k, i| {
-                k.unroll("j", nr, |k, j| {
-                    let sum = k.get(acc, &[i.clone(), j.clone()]);
-                    k.store(tile, &[i, j * Pack::LANES], sum);
+            };
+            if ahead == 0 {
+                k.for_("k", from.clone(), to.clone(), 1, step);
+            } else {
+                // Each of the first tiles asks for one vector of columns of a later turn.
+                let number = k.let_("number", (self.m.clone() + r.clone()) / mr);
+                k.open();
+                k.for_("k", from.clone(), to.clone(), 1, |k, at| {
+                    let panel = (self.panel)(number.clone() / streams) + ahead;
+                    k.prefetch(w, &[panel, number.clone() % streams, at.clone(), Expr::Int(0)]);
+                    step(k, at);
                 });
-            });
-            let left = Expr::from(group.m) - m.clone();
-            let count = if one_row { Expr::Int(1) } else { left.min(mr) };
-            l.looped("i", count, |l, i| {
-                let t = l.k.let_("t", m.clone() + i.clone());
-                l.looped("p", per_turn.into(), |l, p| {
-                    let at = l.k.let_("panel", panel(p.clone()));
-                    let tile = Tile { buffer: tile, row: i, column: p * (streams * Pack::LANES) };
-                    let ended = epilogue(l, segment, &tile, &t, &at);
-                    result = std::mem::replace(&mut result, Ok(())).and(ended);
-                });
+                let asking = k.close();
+                k.open();
+                k.for_("k", from.clone(), to.clone(), 1, step);
+                let not = k.close();
+                k.if_else(number.compare(Compare::Lt, nr), asking, not);
+            }
+            each(k, &mut |k, i, j| {
+                let sum = k.get(acc, &[i.clone(), j.clone()]);
+                k.store(sums, &place(&i, &j), sum);
             });
         };
-        if one_row {
-            rows(l, Expr::Int(0));
-        } else {
-            l.stepped("m", group.m.into(), mr as i64, rows);
+        match single {
+            true => tile(k, Expr::Int(0)),
+            false => k.for_("r", 0usize, count, mr as i64, tile),
         }
-    });
-    result
+    }
 }
 
 /// Where a finished panel's sums lie: stream `s`, column `c` at `[row, column + 16 s + c]`.
