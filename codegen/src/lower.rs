@@ -11,7 +11,13 @@
 //! For PTX a worker is a thread of the grid: it computes its number from special registers, and symbols are parameters.
 //!
 //! The context that the run time hands over (`runtime::cpu` mirrors it; [`ABI`] is their common version):
-//! `{ ptr buffers, ptr barrier, i64 workers, i64 symbols[4] }`; the barrier is two `i32` 64 bytes apart, both zero.
+//! `{ ptr buffers, ptr meeting, i64 workers, i64 symbols[4] }`. The meeting is lines of 64 bytes, all zero at first: how many
+//! workers have arrived at a barrier (`i32`), how often all have (`i32`), and [`LOOPS`] times the workers' counters (`i64`)
+//! of turns taken.
+//!
+//! A worker takes the turns of a `parallel` loop from its own contiguous piece, so that it streams; when that is empty, from
+//! its neighbours' pieces: nobody waits for a core that is slower, or busy with something else. Which worker takes a turn
+//! changes no bit.
 
 use ir::dtype::DType;
 use ir::kernel::{Access, Arith, BufferId, Expr, Kernel, RegId, Space, Stmt, Type, VarId};
@@ -21,7 +27,13 @@ use std::collections::{BTreeSet, HashMap};
 use std::fmt::Write;
 
 /// Version of the context's layout and of the entry points' signature.
-pub const ABI: u32 = 1;
+pub const ABI: u32 = 2;
+
+/// `parallel` loops between two barriers that have counters; further ones are split evenly.
+pub const LOOPS: usize = 8;
+
+/// Workers from whose pieces a worker takes turns, itself counted: with many, asking them all would take longer than a turn.
+const NEIGHBOURS: usize = 8;
 
 /// What the target's instructions can do, as far as lowering asks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -51,7 +63,7 @@ pub fn module(plan: &Plan, kernels: &[Kernel], features: Features) -> String {
         out += &function(kernel, features, &mut needs);
     }
     for entry_point in &plan.entries {
-        out += &entry(plan, entry_point);
+        out += &entry(kernels, entry_point);
     }
     let mut head = String::from(BARRIER);
     head += match features.pause {
@@ -82,23 +94,32 @@ attributes #0 = { nounwind noinline \"no-builtins\" \"prefer-vector-width\"=\"51
 attributes #1 = { nounwind alwaysinline \"no-builtins\" \"prefer-vector-width\"=\"512\" }
 ";
 
-/// Meets the other workers: the last to arrive lets all go on. What each stored before is seen by all after.
+/// Meets the other workers: the last to arrive takes the counters of the loops before back to zero and lets all go on. What
+/// each stored before is seen by all after.
 const BARRIER: &str = "
-define internal void @barrier(ptr %ctx) #0 {
+define internal void @barrier(ptr %ctx, i64 %loops) #0 {
   %at.workers = getelementptr i8, ptr %ctx, i64 16
   %workers = load i64, ptr %at.workers
-  %alone = icmp eq i64 %workers, 1
-  br i1 %alone, label %done, label %meet
-meet:
-  %at.state = getelementptr i8, ptr %ctx, i64 8
-  %arrived = load ptr, ptr %at.state
+  %at.meeting = getelementptr i8, ptr %ctx, i64 8
+  %arrived = load ptr, ptr %at.meeting
   %generation = getelementptr i8, ptr %arrived, i64 64
+  %counters = getelementptr i8, ptr %arrived, i64 128
+  %count = trunc i64 %workers to i32
+  %lines = mul i64 %workers, %loops
   %now = load atomic i32, ptr %generation acquire, align 4
   %before = atomicrmw add ptr %arrived, i32 1 acq_rel, align 4
-  %count = trunc i64 %workers to i32
   %mine = add i32 %before, 1
   %last = icmp eq i32 %mine, %count
-  br i1 %last, label %release, label %wait
+  br i1 %last, label %clear, label %wait
+clear:
+  %line = phi i64 [ 0, %0 ], [ %following, %zero ]
+  %more = icmp slt i64 %line, %lines
+  br i1 %more, label %zero, label %release
+zero:
+  %at = getelementptr [64 x i8], ptr %counters, i64 %line
+  store i64 0, ptr %at, align 8
+  %following = add i64 %line, 1
+  br label %clear
 release:
   store atomic i32 0, ptr %arrived monotonic, align 4
   %next = add i32 %now, 1
@@ -115,7 +136,7 @@ done:
 ";
 
 /// The function of an entry point: its launches, a barrier after each.
-fn entry(plan: &Plan, entry: &Entry) -> String {
+fn entry(kernels: &[Kernel], entry: &Entry) -> String {
     let mut out = format!("\ndefine void @\"{}\"(ptr %ctx, i64 %worker) #0 {{\n", entry.name);
     out += "  %table = load ptr, ptr %ctx\n";
     for (number, launch) in entry.launches.iter().enumerate() {
@@ -126,9 +147,11 @@ fn entry(plan: &Plan, entry: &Entry) -> String {
             let _ = writeln!(out, "  %b{name} = load ptr, ptr %p{name}");
             let _ = write!(args, "ptr %b{name}, ");
         }
-        let kernel = symbol(&plan.kernels[launch.kernel].name);
-        let _ = writeln!(out, "  call void {kernel}({args}ptr %ctx, i64 %worker)");
-        out += "  call void @barrier(ptr %ctx)\n";
+        let kernel = &kernels[launch.kernel];
+        let _ = writeln!(out, "  call void {}({args}ptr %ctx, i64 %worker)", symbol(&kernel.name));
+        let after = kernel.body.iter().rev().take_while(|s| !matches!(s, Stmt::Barrier));
+        let loops = after.filter(|s| matches!(s, Stmt::Parallel { .. })).count().min(LOOPS);
+        let _ = writeln!(out, "  call void @barrier(ptr %ctx, i64 {loops})");
     }
     out + "  ret void\n}\n"
 }
@@ -144,6 +167,7 @@ pub fn function(kernel: &Kernel, features: Features, needs: &mut BTreeSet<(Unary
         next: 0,
         vars: HashMap::new(),
         block: "entry".to_string(),
+        loops: 0,
     };
     let grid = features.pause == Pause::Grid;
     if grid {
@@ -247,6 +271,8 @@ struct Function<'a> {
     head: String,
     body: String,
     next: usize,
+    /// `parallel` loops since the last barrier.
+    loops: usize,
     /// What each value is now: a name, or a number where a loop was copied out.
     vars: HashMap<VarId, String>,
     block: String,
@@ -312,7 +338,7 @@ impl Function<'_> {
             Stmt::Store { buffer, index, value } => self.store(*buffer, index, value),
             Stmt::Prefetch { buffer, index } => {
                 let at = self.address(*buffer, index);
-                self.line(&format!("call void @llvm.prefetch.p0(ptr {at}, i32 0, i32 3, i32 1)"));
+                self.line(&format!("call void @llvm.prefetch.p0(ptr {at}, i32 0, i32 2, i32 1)"));
             }
             Stmt::For { var, lo, hi, step, body } => {
                 let (lo, hi) = (self.expr(lo), self.expr(hi));
@@ -330,14 +356,14 @@ impl Function<'_> {
                     // Neighbouring threads take neighbouring turns.
                     return self.looped(*var, "%worker", &count, "%workers", body);
                 }
-                // Worker w of n takes the turns from count * w / n on.
                 let at = self.emit("getelementptr i8, ptr %ctx, i64 16".to_string());
                 let workers = self.emit(format!("load i64, ptr {at}"));
-                let begin = self.emit(format!("mul i64 {count}, %worker"));
-                let end = self.emit(format!("add i64 {begin}, {count}"));
-                let lo = self.emit(format!("udiv i64 {begin}, {workers}"));
-                let hi = self.emit(format!("udiv i64 {end}, {workers}"));
-                self.looped(*var, &lo, &hi, "1", body);
+                if self.loops == LOOPS {
+                    let [lo, hi] = self.piece(&count, "%worker", &workers);
+                    return self.looped(*var, &lo, &hi, "1", body);
+                }
+                self.shared_out(*var, &count, &workers, body);
+                self.loops += 1;
             }
             Stmt::If { cond, then, otherwise } => {
                 let cond = self.expr(cond);
@@ -350,8 +376,59 @@ impl Function<'_> {
                 }
                 self.begin(&end);
             }
-            Stmt::Barrier => self.line("call void @barrier(ptr %ctx)"),
+            Stmt::Barrier => {
+                self.line(&format!("call void @barrier(ptr %ctx, i64 {})", self.loops));
+                self.loops = 0;
+            }
         }
+    }
+
+    /// The piece of a worker's own: from `count * worker / workers` on.
+    fn piece(&mut self, count: &str, worker: &str, workers: &str) -> [String; 2] {
+        let begin = self.emit(format!("mul i64 {count}, {worker}"));
+        let end = self.emit(format!("add i64 {begin}, {count}"));
+        [begin, end].map(|at| self.emit(format!("udiv i64 {at}, {workers}")))
+    }
+
+    /// A loop over this worker's piece and its neighbours', around a loop that takes turns while a piece has any.
+    fn shared_out(&mut self, var: VarId, count: &str, workers: &str, body: &[Stmt]) {
+        let [head, neighbour, take, inside, next, end] = [(); 6].map(|()| self.label());
+        let (distance, following) = (self.fresh(), self.fresh());
+        let at = self.emit("getelementptr i8, ptr %ctx, i64 8".to_string());
+        let meeting = self.emit(format!("load ptr, ptr {at}"));
+        let asked = self.emit(format!("call i64 @llvm.umin.i64(i64 {workers}, i64 {NEIGHBOURS})"));
+        let before = self.block.clone();
+        self.line(&format!("br label %{head}"));
+        self.begin(&head);
+        self.line(&format!("{distance} = phi i64 [ 0, %{before} ], [ {following}, %{next} ]"));
+        let more = self.emit(format!("icmp slt i64 {distance}, {asked}"));
+        self.line(&format!("br i1 {more}, label %{neighbour}, label %{end}"));
+
+        self.begin(&neighbour);
+        let around = self.emit(format!("add i64 %worker, {distance}"));
+        let owner = self.emit(format!("urem i64 {around}, {workers}"));
+        let [lo, hi] = self.piece(count, &owner, workers);
+        let turns = self.emit(format!("sub i64 {hi}, {lo}"));
+        let first = self.emit(format!("mul i64 {workers}, {}", self.loops));
+        let line = self.emit(format!("add i64 {first}, {owner}"));
+        let line = self.emit(format!("add i64 {line}, 2"));
+        let counter = self.emit(format!("getelementptr [64 x i8], ptr {meeting}, i64 {line}"));
+        self.line(&format!("br label %{take}"));
+
+        self.begin(&take);
+        let taken = self.emit(format!("atomicrmw add ptr {counter}, i64 1 monotonic, align 8"));
+        let left = self.emit(format!("icmp slt i64 {taken}, {turns}"));
+        self.line(&format!("br i1 {left}, label %{inside}, label %{next}"));
+        self.begin(&inside);
+        let turn = self.emit(format!("add i64 {lo}, {taken}"));
+        self.vars.insert(var, turn);
+        self.stmts(body);
+        self.line(&format!("br label %{take}"));
+
+        self.begin(&next);
+        self.line(&format!("{following} = add i64 {distance}, 1"));
+        self.line(&format!("br label %{head}"));
+        self.begin(&end);
     }
 
     fn looped(&mut self, var: VarId, lo: &str, hi: &str, step: &str, body: &[Stmt]) {

@@ -17,21 +17,25 @@ use std::io::Write;
 use std::os::fd::AsRawFd;
 
 /// Version of what entry points are called with (`Context`, `EntryFn`); codegen's number must be the same.
-pub const ABI: u32 = 1;
+pub const ABI: u32 = 2;
+
+/// `parallel` loops between two barriers that have counters; codegen's number must be the same.
+const LOOPS: usize = 8;
 
 /// What an entry point is called with.
 #[repr(C)]
 struct Context {
     buffers: *const *mut u8,
-    barrier: *mut Barrier,
+    meeting: *mut Line,
     workers: i64,
     symbols: [i64; MAX_SYMBOLS],
 }
 
-/// Two counters, a cache line apart, at zero before the first step; generated code does the rest.
-#[derive(Debug)]
+/// A counter alone in its cache line. How many have arrived at a barrier, how often all have, and each worker's turns taken in
+/// each loop; at zero before the first step, generated code does the rest.
+#[derive(Clone, Debug)]
 #[repr(C, align(64))]
-struct Barrier([[u32; 16]; 2]);
+struct Line([u64; 8]);
 
 /// The signature of an entry point.
 type EntryFn = unsafe extern "C" fn(*const Context, i64);
@@ -51,7 +55,7 @@ pub struct CodeError {
 pub struct Code {
     entries: Vec<EntryFn>,
     pool: Pool,
-    barrier: Box<Barrier>,
+    meeting: Vec<Line>,
     /// Keeps the code mapped.
     _library: Library,
     /// The loader knows a library by its path, and takes two of one path for the same: the file's number must stay taken
@@ -85,8 +89,9 @@ impl Code {
             symbol.map(|s| *s).map_err(|e| CodeError { what: name.to_string(), said: e.to_string() })
         };
         let entries = entries.into_iter().map(entry).collect::<Result<_, _>>()?;
-        let barrier = Box::new(Barrier([[0; 16]; 2]));
-        Ok(Code { entries, pool: Pool::new(threads), barrier, _library: library, _file: file })
+        let pool = Pool::new(threads);
+        let meeting = vec![Line([0; 8]); 2 + LOOPS * pool.workers()];
+        Ok(Code { entries, pool, meeting, _library: library, _file: file })
     }
 
     /// Runs an entry point on all workers.
@@ -101,7 +106,7 @@ impl Code {
     pub unsafe fn run(&mut self, entry: usize, table: &[*mut u8], symbols: [i64; MAX_SYMBOLS]) {
         let context = Context {
             buffers: table.as_ptr(),
-            barrier: &mut *self.barrier,
+            meeting: self.meeting.as_mut_ptr(),
             workers: self.pool.workers() as i64,
             symbols,
         };
