@@ -149,9 +149,9 @@ fn llvm_name(feature: &str) -> &str {
     if feature == "bmi1" { "bmi" } else { feature }
 }
 
-/// The passes that turn stack slots into registers and hoist addresses out of loops. The code generator does the rest:
-/// the loops are written as they shall be.
-const PASSES: &str = "function(sroa,early-cse<memssa>,simplifycfg,instcombine<no-verify-fixpoint>,\
+/// The passes that put math functions where they are called, turn stack slots into registers and hoist addresses out of
+/// loops. The code generator does the rest: the loops are written as they shall be.
+const PASSES: &str = "always-inline,function(sroa,early-cse<memssa>,simplifycfg,instcombine<no-verify-fixpoint>,\
 loop-simplify,lcssa,loop-mssa(licm),gvn,instcombine<no-verify-fixpoint>,simplifycfg)";
 
 /// Form of the code asked for.
