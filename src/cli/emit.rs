@@ -5,9 +5,11 @@ use super::plan::Lowering;
 use super::screen::{Screen, print, print_json};
 use super::source::BuildOptions;
 use clap::{Args, ValueEnum};
+use codegen::nvptx;
+use ir::kernel::Kernel;
 use llamac::compile::{Code, CompileError, Stage, lower};
 use llamac::model::Model;
-use llamac::pipeline::Request;
+use llamac::pipeline::{self, Request};
 use serde_json::json;
 use std::collections::BTreeSet;
 
@@ -15,7 +17,8 @@ use std::collections::BTreeSet;
 #[command(after_help = "\
 Example:
   llamac emit builtin --stage fused --entry decode
-  llamac emit preset:tinyllama-1.1b --stage asm --kernel q --target cpu:x86-64-v3")]
+  llamac emit preset:tinyllama-1.1b --stage asm --kernel q --target cpu:x86-64-v3
+  llamac emit builtin --stage ptx --target cuda:sm_80 > builtin.ptx")]
 pub struct Options {
     /// Model or artifact
     model: String,
@@ -28,7 +31,7 @@ pub struct Options {
     /// Only this entry point (stages graph and fused): decode, prefill, fill or logits_all
     #[arg(long, value_name = "NAME")]
     entry: Option<String>,
-    /// Machine to compile for [default: this one; an artifact's first]
+    /// Machine to compile for [default: this one; an artifact's first; cuda:sm_80 for ptx]
     #[arg(long, value_name = "TARGET")]
     target: Option<String>,
     #[command(flatten)]
@@ -76,21 +79,39 @@ pub fn emit(options: &Options, screen: &Screen) -> Result<(), CliError> {
         return Err(CliError::Usage("--kernel goes with --stage kernels, llvm, asm or ptx".into()));
     }
     let model = Model::open(&options.model)?;
-    let target = options.target.as_deref().filter(|t| stage.is_some() || *t != codegen::nvptx::SM_80);
+    let target = match stage {
+        Some(_) => options.target.as_deref(),
+        None => Some(options.target.as_deref().unwrap_or(nvptx::SM_80)),
+    };
     let lowering = Lowering::of(&model, &options.build, target)?;
     let request = lowering.request();
-    let code = lower(&request, &lowering.target)?;
-    let text = match (stage, &options.kernel, &options.entry) {
-        (None, kernel, _) => ptx(&code, kernel.as_deref(), screen)?,
-        (Some(stage), Some(kernel), _) => one_kernel(&code, &request, stage, kernel)?,
-        (Some(stage), None, Some(entry)) => one_entry(&code, &request, stage, entry)?,
-        (Some(stage), None, None) => code.text(&request, stage).map_err(CompileError::from)?,
+    let text = match stage {
+        Some(stage) => one_stage(options, stage, &request, &lowering.target)?,
+        None if lowering.target == nvptx::SM_80 => {
+            let lowered = pipeline::lower(&request, &nvptx::target()).map_err(CompileError::from)?;
+            ptx(&lowered.kernels, options.kernel.as_deref())?
+        }
+        None => return Err(CliError::Usage(format!("--stage ptx is for --target {}", nvptx::SM_80))),
     };
     if screen.json {
         let stage = options.stage.to_possible_value().expect("no value is hidden").get_name().to_string();
         return print_json(&json!({ "stage": stage, "text": text }));
     }
     print(&text)
+}
+
+fn one_stage(
+    options: &Options,
+    stage: Stage,
+    request: &Request<'_>,
+    target: &str,
+) -> Result<String, CliError> {
+    let code = lower(request, target)?;
+    match (&options.kernel, &options.entry) {
+        (Some(kernel), _) => one_kernel(&code, request, stage, kernel),
+        (None, Some(entry)) => one_entry(&code, request, stage, entry),
+        (None, None) => Ok(code.text(request, stage).map_err(CompileError::from)?),
+    }
 }
 
 fn one_entry(code: &Code, request: &Request<'_>, stage: Stage, name: &str) -> Result<String, CliError> {
@@ -105,7 +126,7 @@ fn one_entry(code: &Code, request: &Request<'_>, stage: Stage, name: &str) -> Re
 }
 
 fn one_kernel(code: &Code, request: &Request<'_>, stage: Stage, name: &str) -> Result<String, CliError> {
-    let kernel = find(code, name)?;
+    let kernel = find(&code.lowered.kernels, name)?;
     let text = match stage {
         Stage::Kernels => return Ok(kernel.to_string()),
         Stage::Llvm => {
@@ -129,33 +150,24 @@ fn one_kernel(code: &Code, request: &Request<'_>, stage: Stage, name: &str) -> R
     Ok(body.map(|line| format!("{line}\n")).collect())
 }
 
-fn find<'c>(code: &'c Code, name: &str) -> Result<&'c ir::kernel::Kernel, CliError> {
-    code.lowered.kernels.iter().find(|k| k.name == name).ok_or_else(|| {
-        let known: Vec<&str> = code.lowered.kernels.iter().map(|k| &*k.name).collect();
+fn find<'k>(kernels: &'k [Kernel], name: &str) -> Result<&'k Kernel, CliError> {
+    kernels.iter().find(|k| k.name == name).ok_or_else(|| {
+        let known: Vec<&str> = kernels.iter().map(|k| &*k.name).collect();
         CliError::Usage(format!("there is no kernel `{name}`; there are {}", known.join(", ")))
     })
 }
 
-/// PTX of one kernel, or of all that have a form for a grid; the others are named on stderr.
-fn ptx(code: &Code, kernel: Option<&str>, screen: &Screen) -> Result<String, CliError> {
-    if let Some(name) = kernel {
-        return Ok(codegen::nvptx::ptx(find(code, name)?).map_err(CompileError::from)?);
+/// PTX of one kernel, or a module of all that have a form for a grid; what the others lack is said above it.
+fn ptx(kernels: &[Kernel], name: Option<&str>) -> Result<String, CliError> {
+    if let Some(name) = name {
+        return Ok(nvptx::ptx(&[find(kernels, name)?]).map_err(CompileError::from)?);
     }
-    let mut texts = Vec::new();
-    let mut refused = Vec::new();
-    for kernel in &code.lowered.kernels {
-        if codegen::nvptx::covers(kernel.family) {
-            match codegen::nvptx::ptx(kernel) {
-                Ok(text) => texts.push(text),
-                Err(codegen::cpu::CodegenError::Unsupported { .. }) => refused.push(&*kernel.name),
-                Err(error) => return Err(CompileError::from(error).into()),
-            }
-        } else {
-            refused.push(&*kernel.name);
+    let (mut lowered, mut missing) = (Vec::new(), String::new());
+    for kernel in kernels {
+        match nvptx::check(kernel) {
+            Ok(()) => lowered.push(kernel),
+            Err(why) => missing += &format!("// not lowered: {why}\n"),
         }
     }
-    if !refused.is_empty() {
-        screen.note(format!("no form for a GPU yet: {}", refused.join(", ")));
-    }
-    Ok(texts.join("\n"))
+    Ok(missing + &nvptx::ptx(&lowered).map_err(CompileError::from)?)
 }
