@@ -173,6 +173,14 @@ pub fn schedules(view: &GroupView<'_>, target: &Target) -> Result<Vec<String>, L
 ///
 /// When the family does not cover the group, or the schedule does not fit it.
 pub fn lower(view: &GroupView<'_>, target: &Target) -> Result<Lowered, LowerError> {
+    // A row's length is part of a kernel, so only the number of rows may be a symbol.
+    let operands = view.values.iter().flat_map(|&v| &view.graph[v].operands);
+    for &id in view.values.iter().chain(operands) {
+        if view.graph[id].ty.shape.iter().skip(1).any(|extent| extent.constant().is_none()) {
+            let name = &view.graph[id].name;
+            return Err(view.unsupported(format!("%{name}: a symbolic extent behind the first axis")));
+        }
+    }
     match view.family() {
         Family::Dot => dot::lower(view, target),
         Family::Attention => attention::lower(view, target),
