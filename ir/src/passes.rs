@@ -7,6 +7,7 @@ pub mod layout;
 pub mod lower;
 pub mod memory;
 pub mod schedule;
+pub mod share;
 
 use crate::families::LowerError;
 use crate::graph::Graph;
@@ -39,10 +40,10 @@ pub enum Run {
 /// Every pass, in order.
 #[rustfmt::skip] // a table: one pass a line
 pub const PASSES: [Pass; 7] = [
-    Pass { name: "simplify", does: "folds constants, drops dead and repeated values",           run: Run::Graph(|graph, _| { simplify::simplify(graph); Ok(()) }) },
+    Pass { name: "simplify", does: "folds constants, drops dead and repeated values",                                      run: Run::Graph(|graph, _| { simplify::simplify(graph); Ok(()) }) },
     Pass { name: "fuse",     does: "groups values into kernels",                                                           run: Run::Graph(|graph, _| { fuse::fuse(graph); Ok(()) }) },
     Pass { name: "layout",   does: "chooses the packing of each weight",                                                   run: Run::Graph(|graph, _| { layout::layout(graph); Ok(()) }) },
-    Pass { name: "share",    does: "lets graphs that only pick rows of a weight read another graph's packing",             run: Run::Graphs(layout::share) },
+    Pass { name: "share",    does: "lets all graphs of a model agree on caches and packings, so that each is stored once", run: Run::Graphs(share::share) },
     Pass { name: "schedule", does: "gives each group a schedule",                                                          run: Run::Graph(schedule::schedule) },
     Pass { name: "lower",    does: "generates the kernels of the groups",                                                  run: Run::Kernels },
     Pass { name: "memory",   does: "gives every tensor its bytes and writes the plan",                                     run: Run::Plan },

@@ -11,7 +11,7 @@ pub mod verify;
 
 use crate::dim::{MAX_SYMBOLS, Symbols};
 use crate::dtype::DType;
-use crate::graph::{Family, Pack};
+use crate::graph::{Family, Graph, Pack};
 
 /// A compiled program, but for its code and its weights' bytes.
 #[derive(Clone, Debug, PartialEq, Default)]
@@ -118,6 +118,16 @@ pub enum Give {
 impl Give {
     /// Every kind.
     pub const ALL: [Give; 3] = [Give::Nothing, Give::Last, Give::All];
+
+    /// What a step gives back, by the names of its outputs.
+    pub fn of(graph: &Graph) -> Give {
+        let has = |wanted: &str| graph.outputs.iter().any(|(name, _)| name == wanted);
+        match (has("logits"), has("token")) {
+            (false, _) => Give::Nothing,
+            (true, true) => Give::Last,
+            (true, false) => Give::All,
+        }
+    }
 
     /// Name in text.
     pub fn name(self) -> &'static str {

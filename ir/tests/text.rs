@@ -86,35 +86,38 @@ fn printed(graphs: &[Graph]) -> String {
     graphs.iter().map(Graph::to_string).collect::<Vec<_>>().join("\n")
 }
 
-/// What the graphs print as after the passes; or the verifier's error, which names the pass.
+/// What the graphs print as after the passes, or their kernels or plan; or the verifier's error, which names the pass.
 fn after_passes(input: &str, names: &[&str]) -> Result<String, Failed> {
     let mut graphs = parse::graphs(input)?;
-    for graph in &mut graphs {
-        verify::verify(graph)?;
-        for name in names {
-            let pass = passes::find(name).ok_or_else(|| format!("there is no pass `{name}`"))?;
-            match pass.run {
-                passes::Run::Graph(run) => run(graph, &target())?,
-                passes::Run::Graphs(run) => run(&mut [&mut *graph]),
-                passes::Run::Kernels | passes::Run::Plan => {
-                    return lowered(graph, matches!(pass.run, passes::Run::Plan));
-                }
+    graphs.iter().try_for_each(verify::verify)?;
+    for name in names {
+        let pass = passes::find(name).ok_or_else(|| format!("there is no pass `{name}`"))?;
+        match pass.run {
+            passes::Run::Graph(run) => graphs.iter_mut().try_for_each(|graph| run(graph, &target()))?,
+            passes::Run::Graphs(run) => run(&mut graphs.iter_mut().collect::<Vec<_>>()),
+            passes::Run::Kernels | passes::Run::Plan => {
+                return lowered(&graphs, matches!(pass.run, passes::Run::Plan));
             }
-            if let Err(error) = verify::verify(graph) {
-                return Ok(format!("after {name}: {error}\n"));
-            }
+        }
+        if let Some(error) = graphs.iter().find_map(|graph| verify::verify(graph).err()) {
+            return Ok(format!("after {name}: {error}\n"));
         }
     }
     Ok(printed(&graphs))
 }
 
-/// The kernels of a scheduled graph, or its plan.
-fn lowered(graph: &Graph, plan: bool) -> Result<String, Failed> {
+/// The kernels of scheduled graphs, or their plan; or why a group has no kernel.
+fn lowered(graphs: &[Graph], plan: bool) -> Result<String, Failed> {
     let mut kernels = Kernels::default();
-    let launches = passes::lower::lower(graph, &target(), &mut kernels)?;
+    let mut entries = Vec::new();
+    for graph in graphs {
+        match passes::lower::lower(graph, &target(), &mut kernels) {
+            Ok(launches) => entries.push(passes::memory::Lowered { graph, launches, give: Give::of(graph) }),
+            Err(why) => return Ok(format!("lower: {why}\n")),
+        }
+    }
     if plan {
-        let entry = passes::memory::Lowered { graph, launches, give: Give::Last };
-        return Ok(passes::memory::memory(&[entry], &kernels).to_string());
+        return Ok(passes::memory::memory(&entries, &kernels).to_string());
     }
     Ok(kernels.list.iter().map(|kernel| kernel.to_string()).collect::<Vec<_>>().join("\n"))
 }

@@ -6,10 +6,9 @@
 //! * Cost: O(values * groups). Tests: `tests/ir/layout/`.
 
 use crate::dtype::DType;
-use crate::families::{self, GroupView, dot, storage};
-use crate::graph::{Family, Graph, Layout, Pack};
+use crate::families::{GroupView, dot, storage};
+use crate::graph::{Family, Graph, Layout};
 use crate::op::Op;
-use std::collections::BTreeMap;
 
 /// Chooses layouts.
 pub fn layout(graph: &mut Graph) {
@@ -39,83 +38,5 @@ pub fn layout(graph: &mut Graph) {
     graph.packs = packs;
     for (id, layout) in layouts {
         graph[id].layout = Some(layout);
-    }
-}
-
-/// Lets graphs agree on what they share: a state lies as the graph that reads it wants it, in all of them; those that
-/// only pick rows of a weight read the packing that another one's product has, so that a weight is stored once.
-pub fn share(graphs: &mut [&mut Graph]) {
-    share_states(graphs);
-    let whole = |graph: &Graph, pack: &Pack| -> Option<(String, Pack)> {
-        let [stream] = &pack.streams[..] else { return None };
-        match &graph[stream.weight].op {
-            Op::Weight { name } if stream.chunk == pack.n => Some((name.clone(), pack.clone())),
-            _ => None,
-        }
-    };
-    let known: Vec<(String, Pack)> =
-        graphs.iter().flat_map(|g| g.packs.iter().filter_map(|p| whole(g, p)).collect::<Vec<_>>()).collect();
-    for graph in graphs {
-        for id in graph.ids() {
-            let Op::Gather = graph[id].op else { continue };
-            let table = graph[id].operands[0];
-            let Op::Weight { name } = &graph[table].op else { continue };
-            let packed = known.iter().find(|(n, _)| n == name);
-            if let Some((_, pack)) = packed.filter(|_| families::access::unpacked(graph, table).is_none()) {
-                let mut pack = pack.clone();
-                pack.streams[0].weight = table;
-                graph.packs.push(pack);
-            }
-        }
-    }
-}
-
-/// A graph that only appends to a cache does not know how attention reads it.
-fn share_states(graphs: &mut [&mut Graph]) {
-    let mut known: BTreeMap<String, Layout> = BTreeMap::new();
-    for value in graphs.iter().flat_map(|graph| &graph.values) {
-        if let (Op::State { name }, Some(layout)) = (&value.op, value.layout) {
-            let first = *known.entry(name.clone()).or_insert(layout);
-            assert_eq!(first, layout, "state `{name}` is read in two layouts");
-        }
-    }
-    for value in graphs.iter_mut().flat_map(|graph| &mut graph.values) {
-        if let Op::State { name } = &value.op {
-            value.layout = known.get(name).copied();
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::passes::fuse::fuse;
-
-    #[test]
-    fn a_cache_lies_alike_in_all_graphs() {
-        let head = "%q = input \"q\" : f32[T, 2, 8]
-            %r = input \"r\" : f32[T, 2, 8]
-            %pos = input \"positions\" : i32[T]
-            %k = state \"k\" : f32[2, 64, 8]
-            %v = state \"v\" : f32[2, 64, 8]
-            %kc = cache_append %k, %r, %pos : f32[2, 64, 8]
-            %vc = cache_append %v, %r, %pos : f32[2, 64, 8]";
-        let reads = "%a = attention %q, %kc, %vc, %pos { causal = true, scale = 1.0 } : f32[T, 2, 8]
-            output \"a\" = %a : f32[T, 2, 8]";
-        let ends = "output \"k\" = %kc : f32[2, 64, 8] output \"v\" = %vc : f32[2, 64, 8]";
-        let [mut fill, mut step] = ["", reads].map(|middle| {
-            let text = format!("graph @g(T in 1..4) {{ {head} {middle} {ends} }}");
-            let mut graph = crate::parse::graph(&text).unwrap();
-            fuse(&mut graph);
-            layout(&mut graph);
-            graph
-        });
-        let of = |graph: &Graph, name: &str| graph[graph.find(name).unwrap()].layout;
-        assert_eq!(of(&fill, "k"), None);
-        share(&mut [&mut fill, &mut step]);
-        for graph in [&fill, &step] {
-            assert_eq!(of(graph, "k"), Some(Layout::KeyPanels { word: 1 }));
-            assert_eq!(of(graph, "v"), Some(Layout::ValuePanels { word: 1 }));
-        }
     }
 }
