@@ -8,7 +8,7 @@
 //!   left is row-wise where rows are reduced, else element-wise. Each group that stops early says why in a remark.
 //! * Cost: O(values * group) in the worst case. Tests: `tests/ir/fuse/`.
 
-use crate::families::{GroupView, dot, storage};
+use crate::families::{GroupView, LowerError, dot, storage};
 use crate::graph::{Family, Graph, Group, GroupId, Value, ValueId};
 use crate::op::Op;
 use petgraph::algo::toposort;
@@ -30,6 +30,7 @@ pub fn fuse(graph: &mut Graph) {
     ctx.elements();
     copy_views(graph);
     sort(graph);
+    say_why(graph);
 }
 
 /// Is the value bound from outside, or written where it is read?
@@ -172,6 +173,10 @@ impl Ctx<'_> {
                     self.graph[id].group = None;
                 }
                 let Some(last) = taken.pop() else { break };
+                let why = match why {
+                    LowerError::Unsupported { what, .. } => what,
+                    LowerError::Schedule { .. } => why.to_string(),
+                };
                 let remark = format!("not fused: %{}: {why}", self.graph[last].name);
                 self.graph.groups[group.0 as usize].remarks = vec![remark];
             }
@@ -211,7 +216,7 @@ impl Ctx<'_> {
     }
 
     /// Can the family store what the group's outputs are now?
-    fn check_dot(&self, group: GroupId) -> Result<(), crate::families::LowerError> {
+    fn check_dot(&self, group: GroupId) -> Result<(), LowerError> {
         let members = self.graph.ids().filter(|&id| self.group(id) == Some(group)).collect();
         dot::analyse(&GroupView::of(self.graph, group, members, &self.users)).map(drop)
     }
@@ -475,4 +480,46 @@ fn sort(graph: &mut Graph) {
 
 fn last_value(graph: &Graph, group: GroupId) -> ValueId {
     graph.ids().rev().find(|&id| graph[id].group == Some(group)).expect("no group is empty")
+}
+
+/// Says of each row-wise or element-wise launch why it is not part of its neighbours'.
+fn say_why(graph: &mut Graph) {
+    let users = graph.users();
+    let mut remarks = Vec::new();
+    for view in GroupView::all(graph) {
+        let family_of = |group: GroupId| graph.groups[group.0 as usize].family;
+        match view.family() {
+            Family::Rowwise | Family::Elementwise => {}
+            Family::Dot | Family::Attention | Family::Gather | Family::Sample => continue,
+        }
+        for &id in view.values.iter().filter(|&&id| matches!(graph[id].op, Op::Reduce { .. })) {
+            let read = graph[graph[id].operands[0]].group;
+            if read.is_some_and(|group| family_of(group) == Family::Dot) {
+                let why = "a product stores panels, and this needs whole rows";
+                remarks.push((view.id, format!("not fused: %{}: {why}", graph[id].name)));
+            }
+        }
+        for &root in &view.roots {
+            let mut consumers: Vec<GroupId> =
+                users[root.0 as usize].iter().filter_map(|&u| graph[u].group).collect();
+            consumers.sort_unstable();
+            consumers.dedup();
+            consumers.retain(|&consumer| consumer != view.id);
+            let why = match consumers[..] {
+                [] => continue,
+                [consumer] => match family_of(consumer) {
+                    Family::Dot => "read by an epilogue".to_string(),
+                    Family::Attention | Family::Sample => {
+                        format!("{} computes no operand", family_of(consumer).name())
+                    }
+                    Family::Rowwise | Family::Elementwise | Family::Gather => continue,
+                },
+                _ => format!("{} consumers", consumers.len()),
+            };
+            remarks.push((view.id, format!("not fused: %{}: {why}", graph[root].name)));
+        }
+    }
+    for (group, remark) in remarks {
+        graph.groups[group.0 as usize].remarks.push(remark);
+    }
 }
