@@ -1,12 +1,14 @@
 //! Everything that links LLVM, in one binary.
 //!
 //! * [`builtin`]: the built-in model writes what transformers writes with it.
+//! * [`lower`]: kernels as LLVM IR, assembly, objects and PTX.
 //! * [`reference`]: real models against what PyTorch computes, on every device.
 //!
 //! A check that cannot run here says so and why; their number is the last line. Figures are printed as shares of a bound:
 //! 1 is the most that is right.
 
 mod builtin;
+mod lower;
 mod reference;
 mod skipped;
 
@@ -17,6 +19,7 @@ fn main() {
     let args = libtest_mimic::Arguments::from_args();
     let mut trials = Vec::new();
     trials.extend(builtin::trials());
+    trials.extend(lower::trials());
     trials.extend(reference::trials());
     let conclusion = libtest_mimic::run(&args, trials);
     skipped::print_all();
