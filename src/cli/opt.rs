@@ -1,16 +1,18 @@
-//! `opt`: runs passes on graph text.
+//! `opt`: runs passes on text.
 
 use super::error::CliError;
 use super::screen::{Screen, columns, print, print_json};
 use clap::Args;
 use ir::Graph;
 use ir::families::LowerError;
+use ir::kernel::Kernel;
 use ir::op::Op;
-use ir::passes::lower::Kernels;
+use ir::passes::lower::{Kernels, Launched};
+use ir::passes::memory::Lowered;
 use ir::passes::{self, PASSES, Pass, Run};
-use ir::plan::Give;
+use ir::plan::{Give, Plan};
 use ir::target::Target;
-use ir::{parse, verify};
+use ir::{kernel, parse, plan, verify};
 use llamac::compile::CompileError;
 use serde_json::json;
 use std::fs;
@@ -23,7 +25,7 @@ Example:
   llamac opt --list
   llamac emit builtin --stage graph | llamac opt - --passes simplify,fuse --dump-after all")]
 pub struct Options {
-    /// Graph text; `-` is stdin
+    /// Text of graphs, or of kernels or a plan, which are only verified; `-` is stdin
     #[arg(required_unless_present = "list")]
     file: Option<PathBuf>,
     /// Passes to run, in this order; none reads, verifies and prints
@@ -58,7 +60,7 @@ pub fn opt(options: &Options, screen: &Screen) -> Result<(), CliError> {
     let text = read(file)?;
     let target = codegen::cpu::level(&options.target).map_err(CompileError::from)?.target;
 
-    let mut level = Level::Graphs(read_graphs(file, &text)?);
+    let mut level = Level::read(file, &text)?;
     let mut out = String::new();
     let mut last = level.to_string();
     let mut shown = false;
@@ -95,35 +97,60 @@ fn read(file: &Path) -> Result<String, CliError> {
     Ok(text)
 }
 
-fn read_graphs(file: &Path, text: &str) -> Result<Vec<Graph>, CliError> {
-    let failed = |line, message| CliError::Text { file: file.to_path_buf(), line, message };
-    let graphs =
-        parse::graphs(text).map_err(|e| failed(e.line, format!("column {}: {}", e.column, e.fault)))?;
-    for graph in &graphs {
-        if let Err(error) = verify::verify(graph) {
-            // The verifier knows the text of what is wrong, not its line.
-            let at = text.lines().position(|line| line.trim() == error.text.trim());
-            return Err(failed(at.map_or(1, |at| at + 1), format!("{}: {}", error.text.trim(), error.fault)));
-        }
-    }
-    Ok(graphs)
-}
-
 /// What there is between two passes.
 enum Level {
     Graphs(Vec<Graph>),
-    Kernels(Vec<Graph>, Vec<Vec<passes::lower::Launched>>, Kernels),
-    Plan(Box<ir::plan::Plan>),
+    /// Kernels with the graphs that launch them.
+    Lowered(Vec<(Graph, Vec<Launched>)>, Kernels),
+    /// Kernels that were read: nobody knows what launches them.
+    Kernels(Vec<Kernel>),
+    Plan(Box<Plan>),
 }
 
 impl Level {
+    /// Reads and verifies what the first word of a text says it is.
+    fn read(file: &Path, text: &str) -> Result<Level, CliError> {
+        let failed = |line, message| CliError::Text { file: file.to_path_buf(), line, message };
+        // A verifier knows the text of what is wrong, not its line.
+        let line_of =
+            |wrong: &str| text.lines().position(|l| l.trim() == wrong.trim()).map_or(1, |at| at + 1);
+        let code = text.lines().find(|line| !line.trim().is_empty() && !line.trim_start().starts_with("//"));
+        match code.and_then(|line| line.trim_start().split([' ', '(']).next()) {
+            Some("kernel") => {
+                let list = kernel::parse::parse(text)
+                    .map_err(|e| failed(e.line, format!("column {}: {}", e.column, e.kind)))?;
+                let wrong = list.iter().find_map(|kernel| kernel::verify::verify(kernel).err());
+                match wrong {
+                    Some(error) => Err(failed(line_of(&error.at), error.to_string())),
+                    None => Ok(Level::Kernels(list)),
+                }
+            }
+            Some("plan") => {
+                let plan = plan::parse::parse(text)
+                    .map_err(|e| failed(e.line, format!("column {}: {}", e.column, e.fault)))?;
+                plan::verify::verify(&plan).map_err(|e| failed(1, e.to_string()))?;
+                Ok(Level::Plan(Box::new(plan)))
+            }
+            _ => {
+                let graphs = parse::graphs(text)
+                    .map_err(|e| failed(e.line, format!("column {}: {}", e.column, e.fault)))?;
+                match graphs.iter().find_map(|graph| verify::verify(graph).err()) {
+                    Some(error) => {
+                        let message = format!("{}: {}", error.text.trim(), error.fault);
+                        Err(failed(line_of(&error.text), message))
+                    }
+                    None => Ok(Level::Graphs(graphs)),
+                }
+            }
+        }
+    }
+
     fn after(self, pass: &'static Pass, target: &Target) -> Result<Level, CliError> {
         let wants = |what: &str| CliError::Usage(format!("--passes: {} takes {what}", pass.name));
-        let lowered = |error: LowerError| CompileError::from(error);
         match (pass.run, self) {
             (Run::Graph(run), Level::Graphs(mut graphs)) => {
                 for graph in &mut graphs {
-                    run(graph, target).map_err(lowered)?;
+                    run(graph, target).map_err(CompileError::from)?;
                 }
                 checked(pass, graphs)
             }
@@ -136,36 +163,38 @@ impl Level {
                     return Err(wants("graphs with groups: run fuse, layout and schedule before"));
                 }
                 let mut kernels = Kernels::default();
-                let launches = graphs.iter().map(|graph| passes::lower::lower(graph, target, &mut kernels));
-                let launches = launches.collect::<Result<Vec<_>, _>>().map_err(lowered)?;
-                Ok(Level::Kernels(graphs, launches, kernels))
+                let lowered = graphs.into_iter().map(|graph| {
+                    let launches = passes::lower::lower(&graph, target, &mut kernels)?;
+                    Ok((graph, launches))
+                });
+                let entries = lowered.collect::<Result<Vec<_>, LowerError>>().map_err(CompileError::from)?;
+                Ok(Level::Lowered(entries, kernels))
             }
-            (Run::Plan, Level::Kernels(graphs, launches, kernels)) => {
-                let steps = graphs.iter().all(is_step);
-                if !steps {
+            (Run::Plan, Level::Lowered(entries, kernels)) => {
+                if !entries.iter().all(|(graph, _)| is_step(graph)) {
                     return Err(wants("steps of a language model: inputs `tokens` and `positions`"));
                 }
-                let entries: Vec<_> = graphs
-                    .iter()
-                    .zip(launches)
-                    .map(|(graph, launches)| passes::memory::Lowered { graph, launches, give: give(graph) })
-                    .collect();
+                let lowered = entries.iter().map(|(graph, launches)| {
+                    let (launches, give) = (launches.clone(), Give::of(graph));
+                    Lowered { graph, launches, give }
+                });
+                let entries: Vec<Lowered<'_>> = lowered.collect();
                 Ok(Level::Plan(Box::new(passes::memory::memory(&entries, &kernels))))
             }
             (Run::Graph(_) | Run::Graphs(_) | Run::Kernels, _) => Err(wants("graphs: it comes before lower")),
-            (Run::Plan, _) => Err(wants("kernels: it comes after lower")),
+            (Run::Plan, _) => Err(wants("kernels with their graphs: run lower and memory in one go")),
         }
     }
 }
 
 impl std::fmt::Display for Level {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let join = |texts: Vec<String>| texts.join("\n");
+        fn joined<T: ToString>(parts: &[T]) -> String {
+            parts.iter().map(T::to_string).collect::<Vec<_>>().join("\n")
+        }
         match self {
-            Level::Graphs(graphs) => f.write_str(&join(graphs.iter().map(Graph::to_string).collect())),
-            Level::Kernels(_, _, kernels) => {
-                f.write_str(&join(kernels.list.iter().map(|k| k.to_string()).collect()))
-            }
+            Level::Graphs(graphs) => f.write_str(&joined(graphs)),
+            Level::Kernels(list) | Level::Lowered(_, Kernels { list, .. }) => f.write_str(&joined(list)),
             Level::Plan(plan) => plan.fmt(f),
         }
     }
@@ -182,14 +211,4 @@ fn is_step(graph: &Graph) -> bool {
     let has =
         |wanted: &str| graph.ids().any(|id| matches!(&graph[id].op, Op::Input { name } if name == wanted));
     has("tokens") && has("positions")
-}
-
-/// What a step gives back, by its outputs.
-fn give(graph: &Graph) -> Give {
-    let has = |wanted: &str| graph.outputs.iter().any(|(name, _)| name == wanted);
-    match (has("logits"), has("token")) {
-        (false, _) => Give::Nothing,
-        (true, true) => Give::Last,
-        (true, false) => Give::All,
-    }
 }

@@ -3,6 +3,7 @@
 //! * [`builtin`]: the built-in model writes what transformers writes with it.
 //! * [`lower`]: kernels as LLVM IR, assembly, objects and PTX.
 //! * [`reference`]: real models against what PyTorch computes, on every device.
+//! * [`stages`]: every stage as text, and `opt` from one to the next.
 //!
 //! A check that cannot run here says so and why; their number is the last line. Figures are printed as shares of a bound:
 //! 1 is the most that is right.
@@ -11,6 +12,7 @@ mod builtin;
 mod lower;
 mod reference;
 mod skipped;
+mod stages;
 
 /// What a check says: nothing, or what is wrong.
 type Checked<T> = Result<T, Box<dyn std::error::Error>>;
@@ -21,6 +23,7 @@ fn main() {
     trials.extend(builtin::trials());
     trials.extend(lower::trials());
     trials.extend(reference::trials());
+    trials.extend(stages::trials());
     let conclusion = libtest_mimic::run(&args, trials);
     skipped::print_all();
     conclusion.exit();
