@@ -3,7 +3,7 @@
 //! * Verbs: [`inspect`], [`run`], [`logits`], [`tokenize`], [`bench`], [`doctor`]; with the compiler [`plan`], [`compile`],
 //!   [`opt`], [`emit`].
 //! * [`source`]: the MODEL argument to an artifact, compiled into the cache folder if it is none; [`prompt`]: text to
-//!   tokens; [`device`]: an artifact to a program.
+//!   tokens; [`device`]: where to run.
 //! * [`error`]: every error with its exit code; [`screen`]: columns, units, JSON, notes; [`interrupt`]: Ctrl-C.
 //!
 //! Results go to stdout, progress and notes to stderr.

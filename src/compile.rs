@@ -8,11 +8,13 @@ use ir::families::LowerError;
 use models::{Config, ReadError};
 use runtime::artifact::{ArtifactError, ArtifactWriter};
 use runtime::manifest::{self, Manifest, TargetCode};
+use runtime::whole_file::{self, WriteError};
 use std::cell::Cell;
+use std::cmp::Reverse;
+use std::fs;
 use std::ops::ControlFlow;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Instant;
-use std::{fs, io};
 
 /// What to compile and for what.
 pub struct Options<'a> {
@@ -30,7 +32,7 @@ pub struct Options<'a> {
     pub dtype: DType,
     /// Positions that a sequence may have.
     pub context: usize,
-    /// Names of targets, best first.
+    /// Names of targets, each once.
     pub targets: Vec<String>,
     /// Folder for each stage's text, one folder a target in it.
     pub keep: Option<&'a Path>,
@@ -61,13 +63,8 @@ pub enum CompileError {
     #[error("interrupted")]
     Interrupted,
     /// A stage's text cannot be kept.
-    #[error("{}: cannot be written", file.display())]
-    Keep {
-        /// The file or folder.
-        file: PathBuf,
-        /// What the system said.
-        source: io::Error,
-    },
+    #[error(transparent)]
+    Keep(#[from] WriteError),
     /// A context that the model was not made for.
     #[error("context {found}: expected 1 to {most}, the model's own")]
     Context {
@@ -163,12 +160,12 @@ impl Code {
 
     /// Writes the text of every stage into a folder.
     fn keep(&self, request: &Request<'_>, folder: &Path) -> Result<(), CompileError> {
-        let failed = |file: &Path, source| CompileError::Keep { file: file.to_path_buf(), source };
         let folder = folder.join(self.level.name.replace(':', "-"));
-        fs::create_dir_all(&folder).map_err(|e| failed(&folder, e))?;
+        fs::create_dir_all(&folder).map_err(|source| WriteError::Io { file: folder.clone(), source })?;
         for (stage, name, ending) in Stage::ALL {
+            let text = self.text(request, stage)?;
             let file = folder.join(format!("{name}.{ending}"));
-            fs::write(&file, self.text(request, stage)?).map_err(|e| failed(&file, e))?;
+            whole_file::write(&file, text.len() as u64, |path| fs::write(path, text))?;
         }
         Ok(())
     }
@@ -220,6 +217,8 @@ pub fn compile(
         seconds.codegen += start.elapsed().as_secs_f64();
         codes.push((code, linked));
     }
+    // The loader takes the first that fits. Of one architecture each level has what the one below has, and more.
+    codes.sort_by_key(|(code, _)| Reverse(code.level.requires.len()));
 
     let plan = &codes[0].0.lowered.plan;
     let bytes = if options.weights.is_some() { plan.weight_bytes() } else { 0 };

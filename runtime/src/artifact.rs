@@ -16,10 +16,9 @@
 //! * The same sections and manifest give the same bytes: no time, no path, no address is written.
 
 use std::fmt;
-use std::fs::{self, File};
+use std::fs::File;
 use std::io::{self, BufWriter, Seek, SeekFrom, Write};
 use std::ops::Range;
-use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
 use serde::Serialize;
@@ -29,6 +28,7 @@ use tempfile::NamedTempFile;
 pub use blake3::Hash as Digest;
 
 use crate::map::{FileBytes, MapError, map_file};
+use crate::whole_file::{self, folder, free_bytes};
 
 /// First bytes of every artifact. The first is not ASCII and the last is a newline, so that text tools show at once.
 pub const MAGIC: [u8; 8] = *b"\x89llamac\n";
@@ -56,7 +56,7 @@ pub enum ArtifactError {
     #[error("{file}: not a llamac artifact: begins with {found}, expected {expected}", found = hex(.found), expected = hex(&MAGIC))]
     Magic { file: PathBuf, found: Vec<u8> },
     /// Written by another version of llamac.
-    #[error("{file}: artifact version is {found}, this program reads {expected}")]
+    #[error("{file}: artifact version is {found}, this program reads {expected}: compile the model again")]
     Version { file: PathBuf, found: u32, expected: u32 },
     /// Its code is called in another way than this program calls.
     #[error("{file}: code has ABI number {found}, this program calls {expected}: compile the model again")]
@@ -421,17 +421,12 @@ impl ArtifactWriter {
     /// [`ArtifactError::DiskFull`] if that much will not fit, [`ArtifactError::Write`] if the directory refuses.
     pub fn create(file: &Path, expected_bytes: Option<u64>) -> Result<ArtifactWriter, ArtifactError> {
         let cannot = |source| ArtifactError::Write { file: file.into(), source };
+        // First, so that a place that takes no files is not called full.
+        let out = whole_file::beside(file).map_err(cannot)?;
         let available = free_bytes(folder(file)).map_err(cannot)?;
         if let Some(needed) = expected_bytes.filter(|&needed| needed > available) {
             return Err(ArtifactError::DiskFull { file: file.into(), needed, available });
         }
-        let out = tempfile::Builder::new()
-            .prefix(".llamac-")
-            .suffix(".tmp")
-            // As any new file, less the umask: temporary files are private, artifacts are not.
-            .permissions(fs::Permissions::from_mode(0o666))
-            .tempfile_in(folder(file))
-            .map_err(cannot)?;
         let mut writer = ArtifactWriter {
             file: file.into(),
             out: BufWriter::new(out),
@@ -537,7 +532,7 @@ impl ArtifactWriter {
     /// What `source` means, met while writing `bytes` more.
     fn error(&self, source: io::Error, bytes: usize) -> ArtifactError {
         let file = self.file.clone();
-        if !matches!(source.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded) {
+        if !whole_file::is_full(&source) {
             return ArtifactError::Write { file, source };
         }
         let needed = (self.position + bytes as u64).max(self.expected_bytes.unwrap_or(0));
@@ -556,19 +551,6 @@ fn record(section: &Section) -> Vec<u8> {
     record.extend(length.to_le_bytes());
     record.extend(digest.as_bytes());
     record
-}
-
-fn folder(file: &Path) -> &Path {
-    match file.parent() {
-        Some(folder) if !folder.as_os_str().is_empty() => folder,
-        _ => Path::new("."),
-    }
-}
-
-/// Bytes that this user may still write in `folder`'s file system.
-fn free_bytes(folder: &Path) -> io::Result<u64> {
-    let stat = rustix::fs::statvfs(folder)?;
-    Ok(stat.f_bavail.saturating_mul(stat.f_frsize))
 }
 
 /// Writes one section, in pieces of any size. [`SectionWriter::end`] enters it into the table.

@@ -15,6 +15,7 @@ use ir::dim::MAX_SYMBOLS;
 use ir::plan::{Give, Place, Plan};
 use std::collections::HashMap;
 use std::ops::Range;
+use std::path::Path;
 
 /// The CPU that runs this program.
 #[derive(Clone, Copy, Debug)]
@@ -57,12 +58,12 @@ fn detected(feature: &str) -> bool {
     }
 }
 
-/// The first code in the artifact that this machine runs.
+/// The first code in an artifact that this machine runs: the best, as they stand.
 ///
 /// # Errors
 ///
 /// [`DeviceError::MissingFeature`] with what each target lacks here.
-pub fn choose(manifest: &Manifest) -> Result<&TargetCode, DeviceError> {
+pub fn choose<'a>(file: &Path, manifest: &'a Manifest) -> Result<&'a TargetCode, DeviceError> {
     let arch = std::env::consts::ARCH;
     let lacks = |target: &TargetCode| -> Vec<String> {
         if target.arch != arch {
@@ -80,8 +81,9 @@ pub fn choose(manifest: &Manifest) -> Result<&TargetCode, DeviceError> {
             }
         });
         DeviceError::MissingFeature {
+            file: file.to_path_buf(),
             needs: needs.collect::<Vec<_>>().join(" or "),
-            has: format!("{arch}, ABI {ABI}, without these"),
+            has: format!("{arch} with {}, ABI {ABI}", features().join(" ")),
         }
     })
 }
@@ -103,7 +105,7 @@ pub struct CpuProgram {
 impl CpuProgram {
     fn load(artifact: &Artifact, threads: usize) -> Result<CpuProgram, DeviceError> {
         let manifest: Manifest = artifact.manifest()?;
-        let target = choose(&manifest)?;
+        let target = choose(artifact.file(), &manifest)?;
         let plan = read_plan(artifact, target)?;
         let section = target.code_section();
         let names = plan.entries.iter().map(|entry| entry.name.as_str());

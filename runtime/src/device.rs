@@ -173,8 +173,8 @@ pub enum DeviceError {
     #[error("bug: a step for {want:?} gave a token: {token}, and {logits} logits")]
     BadOutputs { want: Want, token: bool, logits: usize },
     /// Code for another machine.
-    #[error("the artifact needs {needs}, this machine has {has}")]
-    MissingFeature { needs: String, has: String },
+    #[error("{file}: needs {needs}, this machine is {has}; `compile --target` makes code for it", file = .file.display())]
+    MissingFeature { file: std::path::PathBuf, needs: String, has: String },
     /// Not enough memory for weights, cache or workspace, in bytes.
     #[error("out of memory: {needed} bytes needed, {available} available")]
     OutOfMemory { needed: u64, available: u64 },

@@ -3,6 +3,7 @@
 //! In reading order:
 //!
 //! * [`map`]: files and memory from the kernel.
+//! * [`whole_file`]: files that are whole or not there.
 //! * [`artifact`]: the file that `compile` writes and everything else opens.
 //! * [`device`]: what a device is: programs, steps, states, errors.
 //! * [`manifest`]: what an artifact says of itself.
@@ -29,3 +30,4 @@ pub mod null;
 pub mod pool;
 pub mod sample;
 pub mod text;
+pub mod whole_file;

@@ -89,9 +89,13 @@ impl OwnedBuf {
     ///
     /// # Errors
     ///
-    /// [`MapError::Memory`] if the system refuses; nothing aborts.
+    /// [`MapError::Memory`] if the system refuses, or would kill whoever writes to it all; nothing aborts.
     pub fn zeroed(len: usize, huge: bool) -> Result<OwnedBuf, MapError> {
         let refused = |source| MapError::Memory { needed: len as u64, available: available_bytes(), source };
+        // The kernel promises more than it has.
+        if available_bytes().is_some_and(|available| len as u64 > available) {
+            return Err(refused(io::ErrorKind::OutOfMemory.into()));
+        }
         // Huge pages begin only at their own multiples, so room is left to move the start there.
         let slack = if huge { HUGE_PAGE_BYTES } else { 0 };
         let mapped = len.checked_add(slack).filter(|&mapped| mapped <= isize::MAX as usize);

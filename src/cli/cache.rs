@@ -4,6 +4,7 @@ use super::error::CliError;
 use super::source::BuildOptions;
 use blake3::Hasher;
 use llamac::model::{Model, name_of};
+use runtime::whole_file::WriteError;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::{env, fs, io};
@@ -42,7 +43,7 @@ pub fn place(argument: &str, model: &Model, build: &BuildOptions) -> Result<Path
         add(&program);
     }
     let folder = folder();
-    fs::create_dir_all(&folder).map_err(|source| CliError::Write { file: folder.clone(), source })?;
+    fs::create_dir_all(&folder).map_err(|source| WriteError::Io { file: folder.clone(), source })?;
     let digest = hasher.finalize().to_hex();
     let name: String = name_of(argument)
         .chars()

@@ -30,6 +30,7 @@ impl Samples {
     }
 
     /// The least of the samples: how far the measurement spreads.
+    #[cfg(feature = "compiler")]
     pub fn least(&self) -> Ceilings {
         let least = |samples: &[f64]| samples.iter().copied().fold(f64::INFINITY, f64::min);
         Ceilings { read_bytes_per_s: least(&self.read), dot_flops: least(&self.dot) }

@@ -30,7 +30,7 @@ pub struct Options {
     /// Artifact to write
     #[arg(long, short, value_name = "FILE")]
     output: PathBuf,
-    /// Machine to compile for; may stand there more than once, the first that fits is run
+    /// Machine to compile for; may stand there more than once, the best that fits is run
     #[arg(long = "target", value_name = "TARGET", default_value = "cpu:native")]
     targets: Vec<String>,
     #[command(flatten)]
@@ -44,6 +44,11 @@ pub struct Options {
 }
 
 pub fn compile(options: &Options, screen: &Screen) -> Result<(), CliError> {
+    for (number, target) in options.targets.iter().enumerate() {
+        if options.targets[..number].contains(target) {
+            return Err(CliError::Usage(format!("--target {target} stands there twice")));
+        }
+    }
     let model = Model::open(&options.model)?;
     let request = Request {
         argument: &options.model,

@@ -1,10 +1,12 @@
-//! Options of verbs that run a model, and the program on the device that they name.
+//! Options of verbs that run a model, and the device that they name.
 
 use super::error::CliError;
-use super::source::{Ready, positive};
+use super::source::positive;
 use clap::Args;
 use runtime::cpu::Cpu;
-use runtime::device::{Device, Program};
+use runtime::device::Device;
+use runtime::interpreter::Interpreter;
+use runtime::null::Null;
 use runtime::pool;
 
 /// Where to run.
@@ -13,13 +15,13 @@ pub struct DeviceOptions {
     /// Threads [default: physical cores that this process may use]
     #[arg(long, short, value_parser = positive, value_name = "N")]
     pub threads: Option<usize>,
-    /// Device to run on
+    /// Device to run on: cpu; interpreter (slow, in f64); null (checks the plan, computes nothing)
     #[arg(long, default_value = "cpu", value_name = "DEVICE")]
     pub device: String,
 }
 
 /// Devices that this program has.
-const KNOWN: &str = "cpu";
+const KNOWN: &str = "cpu, interpreter, null";
 
 impl DeviceOptions {
     /// Threads asked for, or one a physical core.
@@ -27,10 +29,12 @@ impl DeviceOptions {
         self.threads.unwrap_or_else(pool::physical_cores)
     }
 
-    /// Loads an artifact on the device.
-    pub fn load(&self, ready: &Ready) -> Result<Box<dyn Program>, CliError> {
+    /// The device; asked before a long compilation.
+    pub fn device(&self) -> Result<Box<dyn Device>, CliError> {
         match self.device.as_str() {
-            "cpu" => Ok(Cpu { threads: self.threads() }.load(&ready.artifact)?),
+            "cpu" => Ok(Box::new(Cpu { threads: self.threads() })),
+            "interpreter" => Ok(Box::new(Interpreter)),
+            "null" => Ok(Box::new(Null)),
             name => Err(CliError::NoDevice { name: name.to_string(), known: KNOWN }),
         }
     }

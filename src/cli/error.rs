@@ -7,6 +7,7 @@ use runtime::device::DeviceError;
 use runtime::generate::GenerateError;
 use runtime::map::MapError;
 use runtime::sample::SampleError;
+use runtime::whole_file::WriteError;
 use serde::Serialize;
 use std::error::Error;
 use std::fmt::{Debug, Display};
@@ -109,6 +110,7 @@ pub enum CliError {
     #[error(transparent)]
     Chat(#[from] ChatError),
     /// IR text that cannot be read, or a pass that broke it.
+    #[cfg(feature = "compiler")]
     #[error("{}:{line}: {message}", file.display())]
     Text {
         /// The file.
@@ -136,13 +138,8 @@ pub enum CliError {
         source: io::Error,
     },
     /// A file that was to be written.
-    #[error("{}: cannot be written", file.display())]
-    Write {
-        /// The file.
-        file: PathBuf,
-        /// What the system said.
-        source: io::Error,
-    },
+    #[error(transparent)]
+    Write(#[from] WriteError),
     /// A share of more than its ceiling: the bench is wrong.
     #[error(
         "{what} is {found:.1} % of its ceiling: the ceiling was measured too low, so this bench says nothing"
@@ -181,11 +178,13 @@ impl CliError {
             CliError::Generate(GenerateError::Device(error)) => device(error),
             CliError::Generate(GenerateError::Sample(error)) | CliError::Sample(error) => sample(error),
             CliError::Tokenizer { .. } | CliError::Chat(_) => Exit::Model,
+            #[cfg(feature = "compiler")]
             CliError::Text { .. } => Exit::Model,
             #[cfg(feature = "compiler")]
             CliError::Pass { .. } => Exit::Bug,
             CliError::Read { .. } => Exit::Usage,
-            CliError::Write { source, .. } | CliError::Output(source) => write_failed(source),
+            CliError::Write(error) => write(error),
+            CliError::Output(source) => write_failed(source),
             CliError::AboveCeiling { .. } | CliError::Unequal { .. } => Exit::Mismatch,
         }
     }
@@ -247,9 +246,10 @@ impl CliError {
             CliError::Chat(_) => Facts::default(),
             #[cfg(feature = "compiler")]
             CliError::Pass { .. } => Facts::default(),
-            CliError::Text { file, .. } | CliError::Read { file, .. } | CliError::Write { file, .. } => {
-                Facts::default().file(file)
-            }
+            #[cfg(feature = "compiler")]
+            CliError::Text { file, .. } => Facts::default().file(file),
+            CliError::Read { file, .. } => Facts::default().file(file),
+            CliError::Write(error) => write_facts(error),
             CliError::AboveCeiling { found, .. } => Facts::of(format!("{found:.1} %"), "at most 100 %"),
             CliError::Unequal { .. } | CliError::Output(_) => Facts::default(),
         }
@@ -286,7 +286,7 @@ fn compile(error: &CompileError) -> Exit {
         CompileError::DType { .. } => Exit::Usage,
         CompileError::Context { .. } => Exit::Context,
         CompileError::Interrupted => Exit::Interrupted,
-        CompileError::Keep { source, .. } => write_failed(source),
+        CompileError::Keep(error) => write(error),
     }
 }
 
@@ -330,6 +330,13 @@ fn sample(error: &SampleError) -> Exit {
         SampleError::Option { .. } => Exit::Usage,
         // Weights that give no numbers.
         SampleError::BadLogit { .. } | SampleError::NoCandidate { .. } => Exit::Model,
+    }
+}
+
+fn write(error: &WriteError) -> Exit {
+    match error {
+        WriteError::DiskFull { .. } => Exit::Room,
+        WriteError::Io { source, .. } => write_failed(source),
     }
 }
 
@@ -445,6 +452,13 @@ fn artifact_facts(error: &ArtifactError) -> Facts {
     }
 }
 
+fn write_facts(error: &WriteError) -> Facts {
+    match error {
+        WriteError::DiskFull { file, needed, available } => Facts::of(available, needed).file(file),
+        WriteError::Io { file, source: _ } => Facts::default().file(file),
+    }
+}
+
 fn device_facts(error: &DeviceError) -> Facts {
     use DeviceError as E;
     match error {
@@ -453,7 +467,7 @@ fn device_facts(error: &DeviceError) -> Facts {
         E::EmptyStep => Facts::of(0, "at least one token"),
         E::BadToken { token, vocab } => Facts::of(token, format!("0..{vocab}")),
         E::ForeignState | E::BadOutputs { .. } | E::Launch { .. } | E::Driver { .. } => Facts::default(),
-        E::MissingFeature { needs, has } => Facts::of(has, needs),
+        E::MissingFeature { file, needs, has } => Facts::of(has, needs).file(file),
         E::OutOfMemory { needed, available } => Facts::of(available, needed),
         E::Artifact(error) => artifact_facts(error),
         E::BadPlan { file, .. } => Facts::default().file(file),
@@ -469,7 +483,7 @@ fn compile_facts(error: &CompileError) -> Facts {
         CompileError::Lower(_) | CompileError::Codegen(_) | CompileError::Interrupted => Facts::default(),
         CompileError::DType { found } => Facts::of(found, "f32 or bf16"),
         CompileError::Context { found, most } => Facts::of(found, format!("1 to {most}")),
-        CompileError::Keep { file, source: _ } => Facts::default().file(file),
+        CompileError::Keep(error) => write_facts(error),
     }
 }
 

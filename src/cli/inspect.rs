@@ -148,7 +148,7 @@ fn inspect_artifact(
     for target in &manifest.targets {
         plans.push(runtime::cpu::read_plan(artifact, target)?);
     }
-    let runs_here = runtime::cpu::choose(&manifest).ok().map(|target| target.name.clone());
+    let runs_here = runtime::cpu::choose(artifact.file(), &manifest).ok().map(|target| target.name.clone());
     let pieces = match model.tokenizer() {
         Some(_) => Some(prompt::tokenizer(&options.model, model)?.vocab_size()),
         None => None,

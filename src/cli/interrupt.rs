@@ -1,4 +1,4 @@
-//! Ctrl-C: ends the program at once, except inside [`guarded`], where the work ends by itself and tidies up.
+//! Ctrl-C, and what ends a program politely: ends the program at once, except inside [`guarded`], where the work ends by itself and tidies up.
 
 use std::sync::Once;
 use std::sync::atomic::{AtomicBool, Ordering};

@@ -8,11 +8,11 @@ use super::source::{self, BuildOptions, positive};
 use clap::Args;
 use models::Tokenizer;
 use runtime::device::{Program, Step, Want, feed};
+use runtime::whole_file;
+use safetensors::SafeTensorError;
 use safetensors::tensor::{Dtype, TensorView};
 use serde::Serialize;
-use std::fs;
 use std::io;
-use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
 #[derive(Args)]
@@ -45,6 +45,7 @@ pub struct Options {
 }
 
 pub fn logits(options: &Options, screen: &Screen) -> Result<(), CliError> {
+    let mut device = options.device.device()?;
     let ready = source::ready(&options.model, &options.build, screen)?;
     let tokenizer =
         ready.model.tokenizer().map(|_| prompt::tokenizer(&options.model, &ready.model)).transpose();
@@ -60,7 +61,7 @@ pub fn logits(options: &Options, screen: &Screen) -> Result<(), CliError> {
             (prompt::encode(&options.model, &tokenizer, text)?, Some(tokenizer))
         }
     };
-    let mut program = options.device.load(&ready)?;
+    let mut program = device.load(&ready.artifact)?;
     let logits = all_logits(&mut *program, &tokens, options.chunk)?;
     let vocab = program.vocab();
     if let Some(file) = &options.output {
@@ -180,31 +181,24 @@ fn table(rows: &[Position], screen: &Screen) -> String {
     text
 }
 
-/// Writes the tensors beside the file and renames: the file is whole or not there.
+/// Writes the tensors, to a file that is whole or not there.
 fn write(file: &Path, tokens: &[i32], logits: &[f32], vocab: usize) -> Result<(), CliError> {
-    let failed = |source| CliError::Write { file: file.to_path_buf(), source };
     let (token_bytes, logit_bytes): (Vec<u8>, Vec<u8>) = (
         tokens.iter().flat_map(|t| t.to_le_bytes()).collect(),
         logits.iter().flat_map(|l| l.to_le_bytes()).collect(),
     );
     let rows = tokens.len();
-    let invalid = |e: safetensors::SafeTensorError| match e {
-        safetensors::SafeTensorError::IoError(source) => failed(source),
-        other => failed(io::Error::other(other)),
-    };
+    let view = |dtype, shape, bytes| TensorView::new(dtype, shape, bytes).expect("as many bytes as elements");
     let views = [
-        ("tokens", TensorView::new(Dtype::I32, vec![rows], &token_bytes).map_err(invalid)?),
-        ("logits", TensorView::new(Dtype::F32, vec![rows, vocab], &logit_bytes).map_err(invalid)?),
+        ("tokens", view(Dtype::I32, vec![rows], &token_bytes)),
+        ("logits", view(Dtype::F32, vec![rows, vocab], &logit_bytes)),
     ];
-    let folder = file.parent().filter(|f| !f.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let temporary = tempfile::Builder::new()
-        .prefix(".llamac-")
-        .suffix(".tmp")
-        // As any new file, less the umask: temporary files are private, results are not.
-        .permissions(fs::Permissions::from_mode(0o666))
-        .tempfile_in(folder)
-        .map_err(failed)?;
-    safetensors::serialize_to_file(views, None, temporary.path()).map_err(invalid)?;
-    temporary.persist(file).map_err(|e| failed(e.error))?;
-    Ok(())
+    let needed = token_bytes.len() + logit_bytes.len();
+    let fill = |path: &Path| {
+        safetensors::serialize_to_file(views, None, path).map_err(|error| match error {
+            SafeTensorError::IoError(source) => source,
+            other => io::Error::other(other),
+        })
+    };
+    Ok(whole_file::write(file, needed as u64, fill)?)
 }

@@ -9,7 +9,7 @@ use super::screen::{Screen, bandwidth, print_json, short};
 use super::source::{self, BuildOptions, Ready};
 use clap::Args;
 use models::{Message, Tokenizer, render_chat};
-use runtime::device::{Program, State};
+use runtime::device::{DeviceError, Program, State};
 use runtime::generate::{Generation, Request, StopReason, generate};
 use runtime::sample::{Sampler, SamplerOptions};
 use serde_json::json;
@@ -91,20 +91,21 @@ struct Sampling {
 const METER_SECONDS: f64 = 0.2;
 
 pub fn run(options: &Options, screen: &Screen) -> Result<(), CliError> {
-    // Sampling options are refused before a long compilation.
+    // Sampling options and devices are refused before a long compilation.
     let seed = options.sampling.seed.unwrap_or_else(clock);
     let mut sampler = Sampler::new(options.sampling.options(seed))?;
     let given = given(options)?;
+    let mut device = options.device.device()?;
     let ready = source::ready(&options.model, &options.build, screen)?;
     let tokenizer = match (ready.model.tokenizer(), &options.tokens) {
         (None, Some(_)) => None,
         _ => Some(prompt::tokenizer(&options.model, &ready.model)?),
     };
-    let mut program = options.device.load(&ready)?;
+    let mut program = device.load(&ready.artifact)?;
     screen.detail(format!("seed {seed}, {} threads on {}", options.device.threads(), options.device.device));
     let state = program.state()?;
     let mut talk = Talk { ready: &ready, tokenizer, program: &mut *program, state, cached: Vec::new() };
-    let mut told = Told { options, screen, bandwidth: None };
+    let mut told = Told { options, screen, seed, bandwidth: None };
     match (given, options.chat) {
         (Given::Tokens(tokens), _) => told.one(&mut talk, &mut sampler, &tokens, ""),
         (Given::Text(text), false) => {
@@ -244,6 +245,8 @@ impl Talk<'_> {
 struct Told<'a> {
     options: &'a Options,
     screen: &'a Screen,
+    /// Given, or from the clock.
+    seed: u64,
     /// Measured once.
     bandwidth: Option<f64>,
 }
@@ -257,6 +260,11 @@ impl Told<'_> {
         tokens: &[i32],
         echo: &str,
     ) -> Result<(), CliError> {
+        // Refused before the prompt is repeated.
+        let context = talk.program.context();
+        if tokens.len() > context {
+            return Err(DeviceError::ContextFull { past: 0, tokens: tokens.len(), context }.into());
+        }
         let begins_text = echo.is_empty() && self.options.tokens.is_none();
         if self.screen.json {
             let mut text = Stream::new(talk, begins_text, None);
@@ -271,7 +279,7 @@ impl Told<'_> {
                 "decode_tokens_per_s": decode,
                 "share_of_bandwidth": share,
                 "bandwidth_bytes_per_s": self.bandwidth,
-                "seed": self.options.sampling.seed,
+                "seed": self.seed,
             }));
         }
         let done = self.stream(talk, sampler, tokens, echo, begins_text)?;
@@ -326,8 +334,9 @@ impl Told<'_> {
         if let Some(error) = stream.failed {
             return Err(error.into());
         }
-        let ended = stream.text.ends_with('\n');
-        if !ended {
+        // Not for a prompt that was refused before anything was written.
+        let begun = done.is_ok() || !echo.is_empty() || !stream.text.is_empty();
+        if begun && !stream.text.ends_with('\n') {
             out.write_all(b"\n")?;
         }
         out.flush()?;

@@ -17,10 +17,12 @@ pub struct Screen {
 }
 
 impl Screen {
-    /// A note on stderr.
+    /// A note on stderr; not with `--json`, where an error is all that stands there.
     pub fn note(&self, text: impl Display) {
-        // If stderr is closed, nobody is left to tell.
-        let _ = writeln!(io::stderr(), "{text}");
+        if !self.json {
+            // If stderr is closed, nobody is left to tell.
+            let _ = writeln!(io::stderr(), "{text}");
+        }
     }
 
     /// A note on stderr for who asked for more.
@@ -124,6 +126,7 @@ pub fn grouped(count: u64) -> String {
 }
 
 /// Reads a size: `24GiB`, `512MiB`, `3GB`, or bytes.
+#[cfg(any(feature = "compiler", test))]
 pub fn parse_bytes(text: &str) -> Result<u64, String> {
     let split = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
     let (number, unit) = text.split_at(split);

@@ -25,6 +25,7 @@ pub struct BuildOptions {
 }
 
 /// Most positions unless more are asked for: the KV cache of long contexts takes more memory than many models do.
+#[cfg(feature = "compiler")]
 const DEFAULT_CONTEXT: usize = 4096;
 
 /// Reads a dtype that kernels compute in.
@@ -43,6 +44,7 @@ pub fn positive(text: &str) -> Result<usize, String> {
     }
 }
 
+#[cfg(feature = "compiler")]
 impl BuildOptions {
     /// The dtype asked for, or the one that keeps what the model's weights say.
     pub fn dtype(&self, model: &Model) -> DType {
@@ -91,7 +93,7 @@ pub fn ready(argument: &str, build: &BuildOptions, screen: &Screen) -> Result<Re
         Model::Checkpoint(_) | Model::Preset(_) => compiled(argument, &model, build, screen)?,
     };
     let manifest: Manifest = artifact.manifest()?;
-    let target = runtime::cpu::choose(&manifest)?;
+    let target = runtime::cpu::choose(artifact.file(), &manifest)?;
     let plan = runtime::cpu::read_plan(&artifact, target)?;
     Ok(Ready { argument: argument.to_string(), artifact, manifest, plan, model })
 }

@@ -164,7 +164,7 @@ fn check(name: &str, file: &Path, reference: &Reference, dtype: DType, level: &s
     let folder = tempfile::tempdir()?;
     let artifact = compile_model(file, &folder.path().join("model.llamac"), dtype, level)?;
     let mut program = match (Cpu { threads: 1 }).load(&artifact) {
-        Err(runtime::device::DeviceError::MissingFeature { needs, has }) => {
+        Err(runtime::device::DeviceError::MissingFeature { needs, has, .. }) => {
             skip(&format!("{name} on {level}"), &format!("it needs {needs}, this machine has {has}"));
             return Ok(());
         }

@@ -1,0 +1,88 @@
+//! Files that are whole or not there: written beside their place and renamed.
+
+use std::fs;
+use std::io;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+
+use tempfile::NamedTempFile;
+
+/// Why a file is not there.
+#[derive(Debug, thiserror::Error)]
+#[expect(missing_docs, reason = "the messages say what the fields are")]
+pub enum WriteError {
+    /// No room for the file.
+    #[error("{file}: disk full: the file needs {needed} bytes, there is room for {available}")]
+    DiskFull { file: PathBuf, needed: u64, available: u64 },
+    /// The system refuses; `source` says why.
+    #[error("{file}: cannot be written")]
+    Io { file: PathBuf, source: io::Error },
+}
+
+/// Has `fill` write about `needed` bytes to a temporary file, and puts that in the place of `file`.
+///
+/// # Errors
+///
+/// [`WriteError`]; the place is then as it was before.
+pub fn write(file: &Path, needed: u64, fill: impl FnOnce(&Path) -> io::Result<()>) -> Result<(), WriteError> {
+    let cannot = |source| WriteError::Io { file: file.into(), source };
+    let temporary = beside(file).map_err(cannot)?;
+    if let Err(source) = fill(temporary.path()) {
+        if !is_full(&source) {
+            return Err(cannot(source));
+        }
+        // What the temporary file holds comes back when it goes.
+        drop(temporary);
+        let available = free_bytes(folder(file)).map_err(cannot)?;
+        return Err(WriteError::DiskFull { file: file.into(), needed, available });
+    }
+    temporary.persist(file).map_err(|error| cannot(error.error))?;
+    Ok(())
+}
+
+/// A temporary file in the folder of `file`, removed when it is dropped.
+pub(crate) fn beside(file: &Path) -> io::Result<NamedTempFile> {
+    tempfile::Builder::new()
+        .prefix(".llamac-")
+        .suffix(".tmp")
+        // As any new file, less the umask: temporary files are private, results are not.
+        .permissions(fs::Permissions::from_mode(0o666))
+        .tempfile_in(folder(file))
+}
+
+/// Is there no room, as far as the system says?
+pub(crate) fn is_full(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
+}
+
+/// Where `file` is.
+pub(crate) fn folder(file: &Path) -> &Path {
+    match file.parent() {
+        Some(folder) if !folder.as_os_str().is_empty() => folder,
+        _ => Path::new("."),
+    }
+}
+
+/// Bytes that this user may still write in `folder`'s file system.
+pub(crate) fn free_bytes(folder: &Path) -> io::Result<u64> {
+    let stat = rustix::fs::statvfs(folder)?;
+    Ok(stat.f_bavail.saturating_mul(stat.f_frsize))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn whole_or_not_there() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("a");
+        let entries = || fs::read_dir(folder.path()).unwrap().count();
+        write(&file, 1, |path| fs::write(path, "a")).unwrap();
+        let full = |path: &Path| fs::write(path, "b").and(Err(io::ErrorKind::StorageFull.into()));
+        assert!(matches!(write(&file, u64::MAX, full), Err(WriteError::DiskFull { needed: u64::MAX, .. })));
+        let fails = |path: &Path| fs::write(path, "c").and(Err(io::ErrorKind::InvalidInput.into()));
+        assert!(matches!(write(&file, 1, fails), Err(WriteError::Io { .. })));
+        assert_eq!((fs::read(&file).unwrap(), entries()), (b"a".to_vec(), 1));
+    }
+}
