@@ -4,12 +4,19 @@
 //! * [`lower`]: kernels as LLVM IR, assembly, objects and PTX.
 //! * [`reference`]: real models against what PyTorch computes, on every device.
 //! * [`stages`]: every stage as text, and `opt` from one to the next.
+//! * [`cli`]: what CLI.md promises of the command, and [`bad`]: how it refuses bad input; both run it by [`command`].
 //!
 //! A check that cannot run here says so and why; their number is the last line. Figures are printed as shares of a bound:
 //! 1 is the most that is right.
 
 mod builtin;
 mod lower;
+mod bad;
+mod cli;
+mod command;
+#[path = "../../models/tests/it/gguf_file.rs"]
+#[expect(dead_code, reason = "the tests of `models` write more kinds of files")]
+mod gguf_file;
 mod reference;
 mod skipped;
 mod stages;
@@ -22,6 +29,8 @@ fn main() {
     let mut trials = Vec::new();
     trials.extend(builtin::trials());
     trials.extend(lower::trials());
+    trials.extend(bad::trials());
+    trials.extend(cli::trials());
     trials.extend(reference::trials());
     trials.extend(stages::trials());
     let conclusion = libtest_mimic::run(&args, trials);
