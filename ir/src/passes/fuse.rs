@@ -112,10 +112,22 @@ impl Ctx<'_> {
         if !self.is_free(id) || !fits || !inside || is_output || self.joins_products(id) {
             return;
         }
+        // Its reader may need the new version, and so could run neither before nor after the append.
+        if self.reads_old_state(id) {
+            return;
+        }
         self.take(id, group);
         for operand in self.graph[id].operands.clone() {
             self.absorb_operands(operand, group, reductions);
         }
+    }
+
+    /// Does it read a state that is appended to afterwards?
+    fn reads_old_state(&self, id: ValueId) -> bool {
+        let appends = |operand: &ValueId, user: &ValueId| {
+            matches!(self.graph[*user].op, Op::CacheAppend) && self.graph[*user].operands[0] == *operand
+        };
+        self.graph[id].operands.iter().any(|o| self.users[o.0 as usize].iter().any(|user| appends(o, user)))
     }
 
     /// Does it join two values of which one follows a product, element by element, and is read nowhere else? Then it is
@@ -278,7 +290,9 @@ impl Ctx<'_> {
     /// What is left: gathers with what only they feed, and element-wise values joined to the one value that reads them.
     fn elements(&mut self) {
         for id in self.graph.ids().rev() {
-            if !self.is_free(id) || is_view(&self.graph[id].op) && self.is_read_by_groups(id) {
+            let is_copied =
+                is_view(&self.graph[id].op) && self.is_read_by_groups(id) && !self.reads_old_state(id);
+            if !self.is_free(id) || is_copied {
                 continue;
             }
             let family =
