@@ -74,9 +74,12 @@ impl Model {
             Model::Preset(config) => Ok((**config).clone()),
             Model::Artifact(artifact) => {
                 let manifest: Manifest = artifact.manifest()?;
-                let config = serde_json::from_value(manifest.config);
-                let file = artifact.file().to_path_buf();
-                config.map_err(|source| ArtifactError::Manifest { file, source }.into())
+                let file = artifact.file();
+                // Read as plain data: what the readers of checkpoints refuse is refused here too.
+                let checked =
+                    |config: Config| config.check(file).map_err(serde::de::Error::custom).map(|()| config);
+                let config = serde_json::from_value(manifest.config).and_then(checked);
+                config.map_err(|source| ArtifactError::Manifest { file: file.to_path_buf(), source }.into())
             }
         }
     }
