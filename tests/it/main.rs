@@ -5,6 +5,7 @@
 //! * [`reference`]: real models against what PyTorch computes, on every device.
 //! * [`stages`]: every stage as text, and `opt` from one to the next.
 //! * [`cli`]: what CLI.md promises of the command, and [`bad`]: how it refuses bad input; both run it by [`command`].
+//! * [`fuzz`]: texts and artifacts damaged at random.
 //!
 //! A check that cannot run here says so and why; their number is the last line. Figures are printed as shares of a bound:
 //! 1 is the most that is right.
@@ -14,6 +15,10 @@ mod lower;
 mod bad;
 mod cli;
 mod command;
+#[path = "../../models/tests/it/damage.rs"]
+#[expect(dead_code, reason = "the tests of `models` look at memory too")]
+mod damage;
+mod fuzz;
 #[path = "../../models/tests/it/gguf_file.rs"]
 #[expect(dead_code, reason = "the tests of `models` write more kinds of files")]
 mod gguf_file;
@@ -31,6 +36,7 @@ fn main() {
     trials.extend(lower::trials());
     trials.extend(bad::trials());
     trials.extend(cli::trials());
+    trials.extend(fuzz::trials());
     trials.extend(reference::trials());
     trials.extend(stages::trials());
     let conclusion = libtest_mimic::run(&args, trials);

@@ -1,79 +1,17 @@
-//! Files damaged at random give an error or a checkpoint, never a panic. A bounded number of cases, the same each
-//! time; `PROPTEST_CASES` asks for more.
+//! Files damaged at random give an error or a checkpoint, never a panic, and never ask for much memory. A bounded number of
+//! cases, the same each time; `PROPTEST_CASES` asks for more.
 
 use std::path::Path;
 use std::sync::Arc;
 
 use models::{Checkpoint, Config, FileBytes, Tokenizer, render_chat};
 use proptest::prelude::*;
-use proptest::test_runner::RngSeed;
 
 use serde_json::{Value, json};
 
+use crate::damage::{check_memory, config, damage, damaged};
 use crate::gguf_file::Gguf;
 use crate::{numbers, shared};
-
-/// One way to damage a file; places are shares of its length.
-#[derive(Clone, Debug)]
-enum Damage {
-    /// Changes bits of one byte.
-    Flip(f64, u8),
-    /// Puts a number that readers must distrust over eight bytes.
-    Number(f64, u64),
-    /// Cuts the rest off.
-    Cut(f64),
-    /// Takes bytes out.
-    Remove(f64, usize),
-    /// Puts a piece of the file somewhere else.
-    Splice(f64, f64, usize),
-}
-
-fn damage() -> impl Strategy<Value = Damage> {
-    let share = || 0.0..1.0f64;
-    let number = prop_oneof![Just(0), Just(1), Just(u64::MAX), Just(1 << 63), Just(1 << 32), 0..300u64];
-    // Most changes hit the beginning, where headers are.
-    let place = || prop_oneof![share(), share().prop_map(|x| x / 10.0), share().prop_map(|x| x / 80.0)];
-    prop_oneof![
-        4 => (place(), 1..=255u8).prop_map(|(at, bits)| Damage::Flip(at, bits)),
-        2 => (place(), number).prop_map(|(at, number)| Damage::Number(at, number)),
-        1 => share().prop_map(Damage::Cut),
-        1 => (place(), 1..40usize).prop_map(|(at, n)| Damage::Remove(at, n)),
-        1 => (place(), place(), 1..200usize).prop_map(|(from, to, n)| Damage::Splice(from, to, n)),
-    ]
-}
-
-fn damaged(right: &[u8], damages: &[Damage]) -> Vec<u8> {
-    let mut bytes = right.to_vec();
-    for damage in damages {
-        if bytes.is_empty() {
-            break;
-        }
-        let at = |share: f64, bytes: &[u8]| (share * bytes.len() as f64) as usize;
-        let end = |at: usize, n: usize, bytes: &[u8]| (at + n).min(bytes.len());
-        match *damage {
-            Damage::Flip(share, bits) => {
-                let at = at(share, &bytes);
-                bytes[at] ^= bits;
-            }
-            Damage::Number(share, number) => {
-                let at = at(share, &bytes);
-                let end = end(at, 8, &bytes);
-                bytes[at..end].copy_from_slice(&number.to_le_bytes()[..end - at]);
-            }
-            Damage::Cut(share) => bytes.truncate(at(share, &bytes)),
-            Damage::Remove(share, n) => {
-                let at = at(share, &bytes);
-                bytes.drain(at..end(at, n, &bytes));
-            }
-            Damage::Splice(from, to, n) => {
-                let (from, to) = (at(from, &bytes), at(to, &bytes));
-                let piece = bytes[from..end(from, n, &bytes)].to_vec();
-                bytes.splice(to..to, piece);
-            }
-        }
-    }
-    bytes
-}
 
 /// Puts an odd value somewhere into a JSON text; `path` chooses the place, from the outside in.
 fn with_odd_value(json: &mut Value, path: &[usize], odd: Value) {
@@ -133,13 +71,18 @@ fn odd_value() -> impl Strategy<Value = (Vec<usize>, Value)> {
     (prop::collection::vec(any::<usize>(), 1..5), odd)
 }
 
+/// All tests of this program map less at once.
+const MOST_BYTES: u64 = 4 << 30;
+
 /// Opens a checkpoint whose file `name` is `bytes`, and reads all that it gives.
 fn read_all(path: &Path, name: &str, bytes: Vec<u8>) {
     let bytes: FileBytes = Arc::new(bytes);
     let open = |file: &Path| -> std::io::Result<FileBytes> {
         if file.ends_with(name) { Ok(bytes.clone()) } else { Ok(Arc::new(std::fs::read(file)?)) }
     };
-    let Ok(checkpoint) = Checkpoint::open(path, &open) else { return };
+    let opened = Checkpoint::open(path, &open);
+    check_memory(MOST_BYTES);
+    let Ok(checkpoint) = opened else { return };
     for tensor in checkpoint.tensors() {
         numbers(&checkpoint, &tensor.name);
     }
@@ -161,14 +104,6 @@ fn run_tokenizer(tokenizer: &Tokenizer) {
         tokenizer.token_bytes(id);
         let _ = tokenizer.decode(&[id], true);
     }
-}
-
-/// So many cases, unless `PROPTEST_CASES` says otherwise.
-fn config(cases: u32) -> ProptestConfig {
-    let default = ProptestConfig::default();
-    let cases = if std::env::var_os("PROPTEST_CASES").is_some() { default.cases } else { cases };
-    // No file of failures: cases are the same in every run, so a failure comes again by itself.
-    ProptestConfig { cases, failure_persistence: None, rng_seed: RngSeed::Fixed(1), ..default }
 }
 
 proptest! {

@@ -3,6 +3,7 @@
 
 mod bad;
 mod checkpoints;
+mod damage;
 mod fuzz;
 mod gguf_file;
 mod tokenizers;
