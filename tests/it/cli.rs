@@ -32,7 +32,13 @@ pub fn trials() -> Vec<Trial> {
         ("colour", colour),
         ("a directory and its gguf", stories),
     ];
-    tests.into_iter().map(|(name, test)| Trial::test(format!("cli {name}"), move || Ok(test()))).collect()
+    let trial = |(name, test): (&str, fn())| {
+        Trial::test(format!("cli {name}"), move || {
+            test();
+            Ok(())
+        })
+    };
+    tests.into_iter().map(trial).collect()
 }
 
 const VERBS: [&str; 11] = [
@@ -73,13 +79,15 @@ fn help() {
 }
 
 /// Fields by JSON pointer, and what they are.
-type Fields = [(&'static str, fn(&Value) -> bool)];
+type Fields = [(&'static str, Is)];
+
+/// What a field is.
+type Is = fn(&Value) -> bool;
 
 fn json_fields() {
     let place = Place::new();
     place.ok("compile builtin -o a.llamac --ctx 64");
-    let (number, text, list): (fn(&Value) -> bool, fn(&Value) -> bool, fn(&Value) -> bool) =
-        (Value::is_number, Value::is_string, Value::is_array);
+    let (number, text, list): (Is, Is, Is) = (Value::is_number, Value::is_string, Value::is_array);
     #[rustfmt::skip] // a table
     let cases: [(&str, &Fields); 8] = [
         ("run a.llamac --tokens 1,2,3 --temp 0 -n 4", &[("/prompt_tokens", list), ("/tokens", list), ("/text", text), ("/stop_reason", text),

@@ -33,7 +33,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 pub fn trials() -> Vec<Trial> {
-    let tests: [(&str, fn() -> Result<(), Failed>); 4] =
+    type Test = fn() -> Result<(), Failed>;
+    let tests: [(&str, Test); 4] =
         [("graphs", graphs), ("kernels", kernels), ("plans", plans), ("artifacts", artifacts)];
     tests.into_iter().map(|(name, test)| Trial::test(format!("fuzz {name}"), test)).collect()
 }
@@ -133,7 +134,7 @@ fn plans() -> Result<(), Failed> {
         let Ok(plan) = ir::plan::parse::parse(text) else { return };
         if ir::plan::verify::verify(&plan).is_ok() {
             assert_eq!(ir::plan::parse::parse(&plan.to_string()).as_ref(), Ok(&plan));
-            (plan.totals(), plan.bytes_per_token(), plan.launches_per_token());
+            let _ = (plan.totals(), plan.bytes_per_token(), plan.launches_per_token());
         }
     })
 }
