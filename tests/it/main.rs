@@ -10,9 +10,8 @@
 //! A check that cannot run here says so and why; their number is the last line. Figures are printed as shares of a bound:
 //! 1 is the most that is right.
 
-mod builtin;
-mod lower;
 mod bad;
+mod builtin;
 mod cli;
 mod command;
 #[path = "../../models/tests/it/damage.rs"]
@@ -22,6 +21,7 @@ mod fuzz;
 #[path = "../../models/tests/it/gguf_file.rs"]
 #[expect(dead_code, reason = "the tests of `models` write more kinds of files")]
 mod gguf_file;
+mod lower;
 mod reference;
 mod skipped;
 mod stages;
