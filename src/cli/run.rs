@@ -94,6 +94,7 @@ pub fn run(options: &Options, screen: &Screen) -> Result<(), CliError> {
     // Sampling options and devices are refused before a long compilation.
     let seed = options.sampling.seed.unwrap_or_else(clock);
     let mut sampler = Sampler::new(options.sampling.options(seed))?;
+    let mut device = options.device.device()?;
     let given = given(options)?;
     let mut device = options.device.device()?;
     let ready = source::ready(&options.model, &options.build, screen)?;
