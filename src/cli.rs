@@ -1,6 +1,6 @@
 //! The command line: one file a verb, and what verbs share.
 //!
-//! * Verbs: [`inspect`], [`run`], [`logits`], [`tokenize`], [`bench`], [`doctor`]; with the compiler [`plan`], [`compile`],
+//! * Verbs: [`inspect`], [`run`], [`logits`], [`tokenize`], [`eval`], [`bench`], [`doctor`]; with the compiler [`plan`], [`compile`],
 //!   [`opt`], [`emit`].
 //! * [`source`]: the MODEL argument to an artifact, compiled into the cache folder if it is none; [`prompt`]: text to
 //!   tokens; [`device`]: where to run.
@@ -14,6 +14,7 @@ mod completions;
 mod device;
 mod doctor;
 mod error;
+mod eval;
 mod inspect;
 mod interrupt;
 mod logits;
@@ -84,6 +85,8 @@ enum Verb {
     Logits(logits::Options),
     /// Text to token ids and back
     Tokenize(tokenize::Options),
+    /// How well the model predicts: perplexity, divergence from another model, multiple choice
+    Eval(eval::Options),
     /// Tokens a second, beside the ceilings of this machine
     Bench(bench::Options),
     /// Run passes on IR text
@@ -142,6 +145,7 @@ fn dispatch(verb: Verb, screen: &Screen) -> Result<ExitCode, CliError> {
         Verb::Run(options) => run::run(&options, screen),
         Verb::Logits(options) => logits::logits(&options, screen),
         Verb::Tokenize(options) => tokenize::tokenize(&options, screen),
+        Verb::Eval(options) => eval::eval(&options, screen),
         Verb::Bench(options) => bench::bench(&options, screen),
         Verb::Doctor(options) => doctor::doctor(&options, screen),
         Verb::Completions(options) => completions::completions(&options, &mut Cli::command()),

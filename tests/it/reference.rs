@@ -52,7 +52,7 @@ const ON_ALL_LEVELS: [&str; 4] =
     ["stories260K", "variants/odd", "variants/head-dim", "variants/sharded-bf16"];
 
 /// Too large for the folder: fetched once.
-const SMOLLM2: &str = "SmolLM2-135M-Instruct.Q4_1.gguf";
+pub const SMOLLM2: &str = "SmolLM2-135M-Instruct.Q4_1.gguf";
 
 /// One test a model and dtype.
 pub fn trials() -> Vec<Trial> {
@@ -73,7 +73,7 @@ pub fn trials() -> Vec<Trial> {
 }
 
 /// Where large test files are kept.
-fn test_data() -> PathBuf {
+pub fn test_data() -> PathBuf {
     match std::env::var_os("LLAMAC_TEST_DATA") {
         Some(folder) => PathBuf::from(folder),
         None => PathBuf::from(std::env::var_os("HOME").unwrap_or_default()).join(".cache/llamac-test-data"),
