@@ -15,6 +15,7 @@ use crate::dtype::DType;
 use crate::graph::{Family, Graph, GroupId, ValueId};
 use crate::kernel::Kernel;
 use crate::op::Op;
+use crate::schedule::numeric_class as numeric_part;
 use crate::target::Target;
 
 /// What a launch binds to a parameter of its kernel.
@@ -153,17 +154,53 @@ pub fn storage(graph: &Graph, id: ValueId) -> ValueId {
     }
 }
 
-/// The legal space of a group on a machine: the text of every schedule that its family may use, the best by the cost
-/// model first. A family without a choice has one empty text.
+/// A schedule that a family may use for a group.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Candidate {
+    /// Its text; empty where the family has no choice.
+    pub schedule: String,
+    /// What the family's model of cost says, in a unit of its own: good for comparing the candidates of one group. `None`
+    /// where candidates stand in an order of preference alone.
+    pub cost: Option<f64>,
+}
+
+/// The legal space of a group on a machine: every schedule that its family may use, the best by its model of cost first.
+/// A family without a choice has one empty text.
 ///
 /// # Errors
 ///
 /// When the family does not cover the group.
-pub fn schedules(view: &GroupView<'_>, target: &Target) -> Result<Vec<String>, LowerError> {
+pub fn candidates(view: &GroupView<'_>, target: &Target) -> Result<Vec<Candidate>, LowerError> {
+    let by_preference = |schedule| Candidate { schedule, cost: None };
     match view.family() {
-        Family::Dot => dot::schedules(view, target),
-        Family::Attention => attention::schedules(view, target),
-        Family::Rowwise | Family::Elementwise | Family::Gather | Family::Sample => Ok(vec![String::new()]),
+        Family::Dot => dot::candidates(view, target),
+        Family::Attention => Ok(attention::schedules(view, target)?.into_iter().map(by_preference).collect()),
+        Family::Rowwise | Family::Elementwise | Family::Gather | Family::Sample => {
+            Ok(vec![by_preference(String::new())])
+        }
+    }
+}
+
+/// The texts of [`candidates`].
+///
+/// # Errors
+///
+/// As those.
+pub fn schedules(view: &GroupView<'_>, target: &Target) -> Result<Vec<String>, LowerError> {
+    Ok(candidates(view, target)?.into_iter().map(|candidate| candidate.schedule).collect())
+}
+
+/// The part of a schedule that decides the bits of a result: kernels that agree in it add in the same order. Empty where
+/// every schedule gives the same bits.
+///
+/// # Errors
+///
+/// What in the text does not fit the family, in words.
+pub fn numeric_class(family: Family, schedule: &str) -> Result<String, String> {
+    match family {
+        Family::Dot => Ok(numeric_part(&dot::DotSchedule::parse(schedule)?.fields())),
+        Family::Attention => Ok(numeric_part(&attention::AttentionSchedule::parse(schedule)?.fields())),
+        Family::Rowwise | Family::Elementwise | Family::Gather | Family::Sample => Ok(String::new()),
     }
 }
 

@@ -11,7 +11,7 @@
 //! product of many rows gives what as many products of one row give.
 
 use super::access::{Affine, Lowering, Piece, Scope, Source, Vars, operand_index, pieces, stored_value};
-use super::{GroupView, LowerError, Lowered, rowwise};
+use super::{Candidate, GroupView, LowerError, Lowered, rowwise};
 use crate::dim::Dim;
 use crate::dtype::DType;
 use crate::graph::{Pack, Stream, ValueId};
@@ -253,7 +253,7 @@ pub fn packs(view: &GroupView<'_>, group: &DotGroup) -> Vec<Pack> {
 /// # Errors
 ///
 /// As [`analyse`].
-pub fn schedules(view: &GroupView<'_>, target: &Target) -> Result<Vec<String>, LowerError> {
+pub fn candidates(view: &GroupView<'_>, target: &Target) -> Result<Vec<Candidate>, LowerError> {
     let group = analyse(view)?;
     let streams = group.segments.iter().map(|s| s.streams.len()).max().unwrap_or(1);
     let one_row = group.m.constant() == Some(1);
@@ -279,7 +279,11 @@ pub fn schedules(view: &GroupView<'_>, target: &Target) -> Result<Vec<String>, L
         return Err(view.unsupported("streams that do not fit a register tile"));
     }
     ranked.sort_by(|a, b| a.0.total_cmp(&b.0));
-    Ok(ranked.iter().map(|(_, schedule)| schedule::print(&schedule.fields())).collect())
+    let candidate = |&(cost, schedule): &(f64, DotSchedule)| Candidate {
+        schedule: schedule::print(&schedule.fields()),
+        cost: Some(cost),
+    };
+    Ok(ranked.iter().map(candidate).collect())
 }
 
 /// Blocks of `k` and of rows to choose from, `(kc, mc)`: none, or as many words as 256 KiB and 24 KiB of weights hold.
@@ -328,7 +332,7 @@ pub fn lower(view: &GroupView<'_>, target: &Target) -> Result<Lowered, LowerErro
     let group = analyse(view)?;
     let text = match &view.graph.groups[view.id.0 as usize].schedule {
         Some(text) => text.clone(),
-        None => schedules(view, target)?.swap_remove(0),
+        None => candidates(view, target)?.swap_remove(0).schedule,
     };
     let schedule = DotSchedule::parse(&text).map_err(|what| LowerError::Schedule {
         group: view.name().to_string(),
