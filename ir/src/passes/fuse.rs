@@ -3,6 +3,7 @@
 //! * Takes: a verified graph without groups. Gives: the same values (views that several groups read are copied), each
 //!   computed one in a group, the values of a group together, groups in an order in which they can run.
 //! * Never: duplicates a product, or lets a group depend on itself through another.
+//! * Each tensor between two groups has a remark on the group that stores it: why they are not one.
 //! * A product takes first its prologue (the rows of its left operand, as far as nobody else reads them), then what
 //!   follows it element by element, as much as its family can store; products of one left operand share a group. What is
 //!   left is row-wise where rows are reduced, else element-wise. Each group that stops early says why in a remark.
@@ -30,7 +31,7 @@ pub fn fuse(graph: &mut Graph) {
     ctx.elements();
     copy_views(graph);
     sort(graph);
-    say_why(graph);
+    remark_stored(graph);
 }
 
 /// Is the value bound from outside, or written where it is read?
@@ -39,7 +40,7 @@ fn is_bound(op: &Op) -> bool {
 }
 
 /// Does the op only move elements, so that whoever reads the result may as well read the operand?
-fn is_view(op: &Op) -> bool {
+pub fn is_view(op: &Op) -> bool {
     matches!(
         op,
         Op::Broadcast { .. } | Op::Reshape | Op::Transpose { .. } | Op::Slice { .. } | Op::Iota { .. }
@@ -496,44 +497,58 @@ fn last_value(graph: &Graph, group: GroupId) -> ValueId {
     graph.ids().rev().find(|&id| graph[id].group == Some(group)).expect("no group is empty")
 }
 
-/// Says of each row-wise or element-wise launch why it is not part of its neighbours'.
-fn say_why(graph: &mut Graph) {
+/// Leaves a remark on each group for what it stores and other groups read: why they are not one kernel.
+fn remark_stored(graph: &mut Graph) {
     let users = graph.users();
-    let mut remarks = Vec::new();
-    for view in GroupView::all(graph) {
-        let family_of = |group: GroupId| graph.groups[group.0 as usize].family;
-        match view.family() {
-            Family::Rowwise | Family::Elementwise => {}
-            Family::Dot | Family::Attention | Family::Gather | Family::Sample => continue,
+    for id in graph.ids() {
+        // A cache is memory whoever reads it.
+        let Some(own) = graph[id].group.filter(|_| !matches!(graph[id].op, Op::CacheAppend)) else {
+            continue;
+        };
+        let readers = users[id.0 as usize].iter().filter_map(|&user| graph[user].group);
+        let mut readers: Vec<GroupId> = readers.filter(|&reader| reader != own).collect();
+        readers.sort_unstable();
+        readers.dedup();
+        let group = |id: GroupId| &graph.groups[id.0 as usize];
+        let why = match readers[..] {
+            [] => continue,
+            [reader] => why_apart(graph, id, own, reader),
+            [first, second] => format!("@{} and @{} read it", group(first).name, group(second).name),
+            _ => format!("{} kernels read it", readers.len()),
+        };
+        let remark = format!("not fused: %{}: {why}", graph[id].name);
+        graph.groups[own.0 as usize].remarks.push(remark);
+    }
+}
+
+/// Why `reader` is not part of `own`, whose `id` nobody else reads.
+fn why_apart(graph: &Graph, id: ValueId, own: GroupId, reader: GroupId) -> String {
+    let (from, to) = (&graph.groups[own.0 as usize], &graph.groups[reader.0 as usize]);
+    let name = &to.name;
+    match (from.family, to.family) {
+        (_, Family::Attention) => format!("attention @{name} reads whole heads"),
+        (_, Family::Sample) => format!("the choice @{name} reads whole rows"),
+        (_, Family::Rowwise) => format!("the reduction @{name} reads whole rows"),
+        (Family::Gather, _) => "a gather is a kernel of its own".to_string(),
+        (_, Family::Dot) if is_summed(graph, id, reader) => {
+            format!("the product @{name} sums over whole rows")
         }
-        for &id in view.values.iter().filter(|&&id| matches!(graph[id].op, Op::Reduce { .. })) {
-            let read = graph[graph[id].operands[0]].group;
-            if read.is_some_and(|group| family_of(group) == Family::Dot) {
-                let why = "a product stores panels, and this needs whole rows";
-                remarks.push((view.id, format!("not fused: %{}: {why}", graph[id].name)));
-            }
-        }
-        for &root in &view.roots {
-            let mut consumers: Vec<GroupId> =
-                users[root.0 as usize].iter().filter_map(|&u| graph[u].group).collect();
-            consumers.sort_unstable();
-            consumers.dedup();
-            consumers.retain(|&consumer| consumer != view.id);
-            let why = match consumers[..] {
-                [] => continue,
-                [consumer] => match family_of(consumer) {
-                    Family::Dot => "read by an epilogue".to_string(),
-                    Family::Attention | Family::Sample => {
-                        format!("{} computes no operand", family_of(consumer).name())
-                    }
-                    Family::Rowwise | Family::Elementwise | Family::Gather => continue,
-                },
-                _ => format!("{} consumers", consumers.len()),
-            };
-            remarks.push((view.id, format!("not fused: %{}: {why}", graph[root].name)));
+        (_, Family::Dot) => format!("the epilogue of @{name} takes only what follows its product"),
+        (from, to @ (Family::Elementwise | Family::Gather)) => {
+            format!("no rule joins {} to {} @{name}", from.name(), to.name())
         }
     }
-    for (group, remark) in remarks {
-        graph.groups[group.0 as usize].remarks.push(remark);
+}
+
+/// Is the value, by way of the group's prologue, in the rows that its products sum over?
+fn is_summed(graph: &Graph, id: ValueId, group: GroupId) -> bool {
+    fn reads(graph: &Graph, from: ValueId, id: ValueId, group: GroupId) -> bool {
+        from == id
+            || graph[from].group == Some(group)
+                && graph[from].operands.iter().any(|&operand| reads(graph, operand, id, group))
     }
+    let products = graph.ids().filter(|&v| graph[v].group == Some(group));
+    products
+        .filter(|&v| matches!(graph[v].op, Op::Dot { .. }))
+        .any(|product| reads(graph, graph[product].operands[0], id, group))
 }
