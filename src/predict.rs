@@ -4,6 +4,7 @@
 use ir::families::attention::KEYS;
 use ir::graph::Family;
 use ir::plan::{Cost, Entry, Give, Launch, Place, Plan};
+use serde::{Serialize, Serializer};
 
 /// What a machine can do at most.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -63,6 +64,70 @@ pub fn step_cost(plan: &Plan, step: &Step<'_>) -> Cost {
     let mut sum = Cost::default();
     step.entry.launches.iter().for_each(|launch| sum += launch_cost(plan, step, launch));
     sum
+}
+
+/// What a kernel costs in a step, over all its launches there.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct KernelCost {
+    /// The kernel.
+    pub name: String,
+    /// The step's entry point.
+    pub entry: String,
+    /// The kernel's family.
+    #[serde(serialize_with = "family_name")]
+    pub family: Family,
+    /// Text of its schedule.
+    pub schedule: String,
+    /// How often it is launched.
+    pub launches: usize,
+    /// Bytes that it moves.
+    pub bytes: u64,
+    /// FLOPs that it does.
+    pub flops: u64,
+    /// Seconds that this takes at least.
+    pub seconds: f64,
+    /// Where the seconds come from: `predicted`.
+    pub source: &'static str,
+}
+
+fn family_name<S: Serializer>(family: &Family, to: S) -> Result<S::Ok, S::Error> {
+    to.serialize_str(family.name())
+}
+
+/// What each kernel costs in each of the steps, in the order of first use.
+pub fn kernels<'p>(
+    plan: &Plan,
+    steps: impl IntoIterator<Item = Step<'p>>,
+    ceilings: Ceilings,
+) -> Vec<KernelCost> {
+    let mut costs: Vec<KernelCost> = Vec::new();
+    for step in steps {
+        for launch in &step.entry.launches {
+            let Cost { flops, bytes } = launch_cost(plan, &step, launch);
+            let seconds = ceilings.seconds(Cost { flops, bytes });
+            let kernel = &plan.kernels[launch.kernel];
+            match costs.iter_mut().find(|cost| cost.name == kernel.name && cost.entry == step.entry.name) {
+                Some(cost) => {
+                    cost.launches += 1;
+                    cost.bytes += bytes;
+                    cost.flops += flops;
+                    cost.seconds += seconds;
+                }
+                None => costs.push(KernelCost {
+                    name: kernel.name.clone(),
+                    entry: step.entry.name.clone(),
+                    family: kernel.family,
+                    schedule: kernel.schedule.clone(),
+                    launches: 1,
+                    bytes,
+                    flops,
+                    seconds,
+                    source: "predicted",
+                }),
+            }
+        }
+    }
+    costs
 }
 
 /// Work of a launch in a step. The plan has it for the largest step with the cache half full: weights are read once

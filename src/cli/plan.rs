@@ -8,15 +8,19 @@ use super::screen::{
 use super::source::{BuildOptions, positive};
 use clap::Args;
 use ir::DType;
-use ir::plan::{Cost, Plan};
-use llamac::compile::{Code, lower};
+use ir::families::{self, GroupView};
+use ir::graph::ValueId;
+use ir::op::Op;
+use ir::passes::fuse::is_view;
+use ir::plan::Plan;
+use llamac::compile::{Code, CompileError, lower};
 use llamac::model::{Model, name_of};
 use llamac::pipeline::{CHUNK, Request};
-use llamac::predict::{self, Ceilings, Step};
+use llamac::predict::{self, Ceilings, KernelCost};
 use runtime::manifest::Manifest;
 use runtime::pool;
 use serde::Serialize;
-use serde_json::json;
+use serde_json::{Map, Value, json};
 use std::fmt::Write;
 
 #[derive(Args)]
@@ -40,6 +44,13 @@ pub struct Options {
     /// Show what was fused, what not and why, and each schedule
     #[arg(long)]
     why: bool,
+    #[command(flatten)]
+    ceilings: CeilingOptions,
+}
+
+/// Ceilings to predict speeds with: measured here, or given.
+#[derive(Args, Clone, Debug)]
+pub struct CeilingOptions {
     /// Bytes a second that the machine reads, such as 38.2GB, instead of measuring
     #[arg(long, value_name = "SIZE", value_parser = rate)]
     bandwidth: Option<f64>,
@@ -53,6 +64,47 @@ pub struct Options {
 
 /// Seconds that each ceiling is measured for.
 const METER_SECONDS: f64 = 0.05;
+
+impl CeilingOptions {
+    /// Threads of the measurement.
+    pub fn threads(&self) -> usize {
+        self.threads.unwrap_or_else(pool::physical_cores)
+    }
+
+    /// Where the ceilings come from, in a word or two.
+    pub fn source(&self) -> &'static str {
+        match (self.bandwidth, self.flops) {
+            (Some(_), Some(_)) => "given",
+            (None, None) => "measured",
+            _ => "in part given, in part measured",
+        }
+    }
+
+    /// Samples of both ceilings: what is not given is measured.
+    pub fn samples(&self, dtype: DType, weight_bytes: usize) -> Result<Samples, CliError> {
+        let mut samples = Samples::default();
+        if self.bandwidth.is_none() || self.flops.is_none() {
+            samples = ceilings::measure(self.threads(), dtype, weight_bytes, METER_SECONDS)?;
+        }
+        if let Some(given) = self.bandwidth {
+            samples.read = vec![given];
+        }
+        if let Some(given) = self.flops {
+            samples.dot = vec![given];
+        }
+        Ok(samples)
+    }
+
+    /// The ceilings for a user: `read 38.2 GB/s, dot 305 GFLOP/s (measured here now, 2 threads)`.
+    pub fn shown(&self, samples: &Samples) -> String {
+        let best = samples.best();
+        let source = match self.source() {
+            "given" => "given".to_string(),
+            source => format!("{source} here now, {} threads", self.threads()),
+        };
+        format!("read {}, dot {} ({source})", bandwidth(best.read_bytes_per_s), flops(best.dot_flops))
+    }
+}
 
 /// Reads a rate: a size, or a count with a decimal prefix.
 fn rate(text: &str) -> Result<f64, String> {
@@ -107,36 +159,31 @@ pub fn plan(options: &Options, screen: &Screen) -> Result<(), CliError> {
     let lowering = Lowering::of(&model, &options.build, options.target.as_deref())?;
     let code = lower(&lowering.request(), &lowering.target)?;
     let plan = &code.lowered.plan;
-    let threads = options.threads.unwrap_or_else(pool::physical_cores);
-    let samples = samples(options, lowering.dtype, plan, threads)?;
+    let samples = options.ceilings.samples(lowering.dtype, plan.weight_bytes())?;
     let predicted = Predicted::new(plan, &samples);
     let totals = plan.totals();
     let decode = plan.decode().map(|e| e.cost()).unwrap_or_default();
 
     if screen.json {
-        return print_json(&json!({
+        let mut told = summary(plan, &predicted);
+        let described = json!({
             "model": name_of(&options.model),
             "target": lowering.target,
             "dtype": lowering.dtype.name(),
             "context": lowering.context,
-            "memory": {
-                "weights": totals.weight_bytes,
-                "kv_cache": totals.kv_cache_bytes,
-                "workspace": totals.workspace_bytes,
-                "total": totals.total_bytes,
-            },
-            "launches": plan.launches_per_token(),
-            "flops_per_token": decode.flops,
-            "bytes_per_token": decode.bytes,
-            "predicted": predicted,
             "ceilings": {
                 "read_bytes_per_s": samples.best().read_bytes_per_s,
                 "dot_flops": samples.best().dot_flops,
-                "source": source(options),
-                "threads": threads,
+                "source": options.ceilings.source(),
+                "threads": options.ceilings.threads(),
             },
             "kernels": rows(plan, samples.best()),
-        }));
+        });
+        told.extend(described.as_object().cloned().unwrap_or_default());
+        if options.why {
+            told.insert("why".into(), json!(decisions(&code, samples.best())?));
+        }
+        return print_json(&told);
     }
 
     let mut text = format!(
@@ -172,18 +219,8 @@ pub fn plan(options: &Options, screen: &Screen) -> Result<(), CliError> {
         ),
     ]);
     text.push('\n');
-    let best = samples.best();
-    let measured = format!(
-        "read {}, dot {} ({})",
-        bandwidth(best.read_bytes_per_s),
-        flops(best.dot_flops),
-        match source(options) {
-            "given" => "given".to_string(),
-            source => format!("{source} here now, {threads} threads"),
-        }
-    );
     text += &pairs(&[
-        ("ceilings", measured),
+        ("ceilings", options.ceilings.shown(&samples)),
         (
             "decode",
             predicted.shown(
@@ -205,53 +242,54 @@ pub fn plan(options: &Options, screen: &Screen) -> Result<(), CliError> {
         let _ = writeln!(text, "\nThis machine has {} of memory: too little to run it.", bytes(there));
     }
     if options.kernels {
-        text += &kernels_table(&rows(plan, best));
+        text += &kernels_table(&rows(plan, samples.best()));
     }
     if options.why {
-        text += &why(&code);
+        text += &why(&decisions(&code, samples.best())?);
     }
     print(&text)
 }
 
-fn source(options: &Options) -> &'static str {
-    match (options.bandwidth, options.flops) {
-        (Some(_), Some(_)) => "given",
-        (None, None) => "measured",
-        _ => "in part given, in part measured",
-    }
+/// What a plan needs and how fast it can be, as `--json` has it.
+pub fn summary(plan: &Plan, predicted: &Predicted) -> Map<String, Value> {
+    let totals = plan.totals();
+    let decode = plan.decode().map(|e| e.cost()).unwrap_or_default();
+    let told = json!({
+        "memory": {
+            "weights": totals.weight_bytes,
+            "kv_cache": totals.kv_cache_bytes,
+            "workspace": totals.workspace_bytes,
+            "total": totals.total_bytes,
+        },
+        "launches": plan.launches_per_token(),
+        "flops_per_token": decode.flops,
+        "bytes_per_token": decode.bytes,
+        "predicted": predicted,
+    });
+    told.as_object().cloned().unwrap_or_default()
 }
 
-fn samples(options: &Options, dtype: DType, plan: &Plan, threads: usize) -> Result<Samples, CliError> {
-    let mut samples = Samples::default();
-    if options.bandwidth.is_none() || options.flops.is_none() {
-        samples = ceilings::measure(threads, dtype, plan.weight_bytes(), METER_SECONDS)?;
-    }
-    if let Some(given) = options.bandwidth {
-        samples.read = vec![given];
-    }
-    if let Some(given) = options.flops {
-        samples.dot = vec![given];
-    }
-    Ok(samples)
-}
-
+/// Tokens a second.
 #[derive(Clone, Copy, Serialize)]
-struct Speeds {
+pub struct Speeds {
     prefill_tokens_per_s: f64,
     decode_tokens_per_s: f64,
 }
 
 /// Bounds at the best samples of the ceilings, and at the least.
 #[derive(Serialize)]
-struct Predicted {
-    prefill_tokens_per_s: f64,
-    decode_tokens_per_s: f64,
+pub struct Predicted {
+    /// Of a prompt into an empty cache.
+    pub prefill_tokens_per_s: f64,
+    /// With the cache half full.
+    pub decode_tokens_per_s: f64,
     prompt_tokens: usize,
     least: Speeds,
 }
 
 impl Predicted {
-    fn new(plan: &Plan, samples: &Samples) -> Predicted {
+    /// Predicts both speeds.
+    pub fn new(plan: &Plan, samples: &Samples) -> Predicted {
         let prompt_tokens = CHUNK.min(plan.context);
         let (best, least) =
             (speeds(plan, samples.best(), prompt_tokens), speeds(plan, samples.least(), prompt_tokens));
@@ -278,63 +316,19 @@ fn speeds(plan: &Plan, ceilings: Ceilings, prompt_tokens: usize) -> Speeds {
     }
 }
 
-/// A kernel in a step.
-#[derive(Serialize)]
-struct Row {
-    name: String,
-    /// The step: `decode` for one token, `prefill` for a whole chunk.
-    entry: String,
-    family: &'static str,
-    schedule: String,
-    launches: usize,
-    bytes: u64,
-    flops: u64,
-    seconds: f64,
-    source: &'static str,
-}
-
 /// Kernels of a decode step with the cache half full and of a chunk's prefill, in order.
-fn rows(plan: &Plan, ceilings: Ceilings) -> Vec<Row> {
-    let steps = predict::decode(plan, plan.context / 2)
-        .into_iter()
-        .chain(predict::prompt(plan, CHUNK.min(plan.context)));
-    let mut rows: Vec<Row> = Vec::new();
-    for Step { entry, tokens, past } in steps {
-        for launch in &entry.launches {
-            let Cost { flops, bytes } = predict::launch_cost(plan, &Step { entry, tokens, past }, launch);
-            let seconds = ceilings.seconds(Cost { flops, bytes });
-            let kernel = &plan.kernels[launch.kernel];
-            let known = rows.iter_mut().find(|row| row.name == kernel.name && row.entry == entry.name);
-            if let Some(row) = known {
-                row.launches += 1;
-                row.bytes += bytes;
-                row.flops += flops;
-                row.seconds += seconds;
-                continue;
-            }
-            rows.push(Row {
-                name: kernel.name.clone(),
-                entry: entry.name.clone(),
-                family: kernel.family.name(),
-                schedule: kernel.schedule.clone(),
-                launches: 1,
-                bytes,
-                flops,
-                seconds,
-                source: "predicted",
-            });
-        }
-    }
-    rows
+fn rows(plan: &Plan, ceilings: Ceilings) -> Vec<KernelCost> {
+    let prompt = predict::prompt(plan, CHUNK.min(plan.context));
+    predict::kernels(plan, predict::decode(plan, plan.context / 2).into_iter().chain(prompt), ceilings)
 }
 
-fn kernels_table(rows: &[Row]) -> String {
+fn kernels_table(rows: &[KernelCost]) -> String {
     let all = |entry: &str| rows.iter().filter(|r| r.entry == entry).map(|r| r.seconds).sum::<f64>();
-    let line = |row: &Row| {
+    let line = |row: &KernelCost| {
         vec![
             row.entry.clone(),
             row.name.clone(),
-            row.family.to_string(),
+            row.family.name().to_string(),
             row.launches.to_string(),
             format!("{}B", big(row.bytes as f64)),
             format!("{}FLOP", big(row.flops as f64)),
@@ -349,36 +343,169 @@ fn kernels_table(rows: &[Row]) -> String {
     format!("\n{}", columns(&heads, &lines))
 }
 
-/// Groups with their schedules and what passes remarked, layers that are alike told once.
-fn why(code: &Code) -> String {
-    let mut text = String::new();
-    for entry in &code.lowered.entries {
-        let graph = &entry.graph;
-        let _ = write!(text, "\n{}:\n", graph.name);
-        let mut told: Vec<(String, usize)> = Vec::new();
-        for (number, group) in graph.groups.iter().enumerate() {
-            let values = graph.ids().filter(|&id| graph[id].group.is_some_and(|g| g.0 as usize == number));
-            let remarks = values.flat_map(|id| &graph[id].remarks).chain(&group.remarks);
-            let mut note = format!("  {}  {}", without_layer(&group.name), group.family.name());
-            if let Some(schedule) = &group.schedule {
-                let _ = write!(note, ", {schedule}");
-            }
-            for remark in remarks {
-                let _ = write!(note, "\n      {}", without_layer(remark));
-            }
-            match told.iter_mut().find(|(n, _)| *n == note) {
-                Some((_, times)) => *times += 1,
-                None => told.push((note, 1)),
+/// What the passes decided about groups that are alike but for their layer.
+#[derive(Debug, Serialize)]
+struct Decision {
+    /// Entry point.
+    entry: String,
+    /// The group, without its layer.
+    name: String,
+    family: &'static str,
+    launches: usize,
+    /// What one launch takes at least in the entry point's largest step.
+    seconds: f64,
+    fused: Fused,
+    /// What was not fused, and why.
+    remarks: Vec<String>,
+    schedule: Option<Scheduled>,
+}
+
+/// What is in a group: counts of values that are computed (views are none), and names.
+#[derive(Debug, Serialize)]
+struct Fused {
+    /// Before the products.
+    before: usize,
+    products: Vec<String>,
+    /// After the products; of a group without one, all.
+    after: usize,
+    /// What is written to memory.
+    stores: Vec<String>,
+}
+
+/// The schedule of a group, in the legal space.
+#[derive(Debug, Serialize)]
+struct Scheduled {
+    text: String,
+    /// By the family's model of cost, in a unit of its own.
+    cost: Option<f64>,
+    runner_up: Option<String>,
+    runner_up_cost: Option<f64>,
+    /// Schedules that there are.
+    legal: usize,
+    /// The part that decides the bits.
+    numeric_class: String,
+}
+
+/// Every decision, in the order of first use; layers that are alike are one.
+fn decisions(code: &Code, ceilings: Ceilings) -> Result<Vec<Decision>, CliError> {
+    let lowered = &code.lowered;
+    let mut all: Vec<Decision> = Vec::new();
+    for (entry, planned) in lowered.entries.iter().zip(&lowered.plan.entries) {
+        for (view, launch) in GroupView::all(&entry.graph).iter().zip(&planned.launches) {
+            let group = &entry.graph.groups[view.id.0 as usize];
+            let values = view.values.iter().flat_map(|&id| &entry.graph[id].remarks);
+            let decision = Decision {
+                entry: planned.name.clone(),
+                name: without_layer(&group.name),
+                family: group.family.name(),
+                launches: 1,
+                seconds: ceilings.seconds(launch.cost),
+                fused: fused(view),
+                remarks: values.chain(&group.remarks).map(|remark| without_layer(remark)).collect(),
+                schedule: group.schedule.as_ref().map(|text| scheduled(code, view, text)).transpose()?,
+            };
+            let key = |d: &Decision| (d.entry.clone(), d.name.clone(), reasons(d));
+            let of_this = key(&decision);
+            match all.iter_mut().find(|d| key(d) == of_this) {
+                Some(known) => known.launches += 1,
+                None => all.push(decision),
             }
         }
-        for (note, times) in told {
-            let (head, rest) =
-                note.split_once('\n').map_or((&*note, String::new()), |(h, r)| (h, format!("\n{r}")));
-            let times = if times > 1 { format!("  ({times} times)") } else { String::new() };
-            let _ = writeln!(text, "{head}{times}{rest}");
+    }
+    Ok(all)
+}
+
+fn fused(view: &GroupView<'_>) -> Fused {
+    let graph = view.graph;
+    let is_product = |id: &ValueId| matches!(graph[*id].op, Op::Dot { .. });
+    let name = |id: &ValueId| without_layer(&graph[*id].name);
+    let computed: Vec<ValueId> = view.values.iter().copied().filter(|&id| !is_view(&graph[id].op)).collect();
+    let products: Vec<String> = computed.iter().filter(|id| is_product(id)).map(name).collect();
+    let before = computed.iter().position(is_product).unwrap_or(0);
+    Fused {
+        before,
+        after: computed.len() - before - products.len(),
+        products,
+        stores: view.roots.iter().map(name).collect(),
+    }
+}
+
+fn scheduled(code: &Code, view: &GroupView<'_>, text: &str) -> Result<Scheduled, CliError> {
+    let legal = families::candidates(view, &code.level.target).map_err(CompileError::from)?;
+    let cost = legal.iter().find(|c| c.schedule == text).and_then(|c| c.cost);
+    let runner_up = legal.iter().find(|c| c.schedule != text);
+    Ok(Scheduled {
+        text: text.to_string(),
+        cost,
+        runner_up: runner_up.map(|c| c.schedule.clone()),
+        runner_up_cost: runner_up.and_then(|c| c.cost),
+        legal: legal.len(),
+        // A schedule that was lowered can be read.
+        numeric_class: families::numeric_class(view.family(), text).unwrap_or_default(),
+    })
+}
+
+/// Decisions as text, a block an entry point; what was decided as in one above is not told again.
+fn why(decisions: &[Decision]) -> String {
+    let mut text = String::new();
+    let mut told: Vec<(String, &str)> = Vec::new();
+    for (number, decision) in decisions.iter().enumerate() {
+        let Decision { entry, name, family, launches, seconds, .. } = decision;
+        if number == 0 || decisions[number - 1].entry != *entry {
+            let _ = write!(text, "\n{entry}, at most as long a launch as:\n");
+        }
+        let times = if *launches > 1 { format!(", {launches} times") } else { String::new() };
+        let _ = write!(text, "  {name}  {family}{times}, {} us", short(1e6 * seconds));
+        let reasons = reasons(decision);
+        match told.iter().find(|(known, _)| *known == reasons) {
+            Some((_, above)) => {
+                let _ = writeln!(text, "  (as in {above})");
+            }
+            None => {
+                let _ = write!(text, "\n{reasons}");
+                told.push((reasons, entry));
+            }
         }
     }
     text
+}
+
+fn reasons(decision: &Decision) -> String {
+    let Decision { fused, remarks, schedule, .. } = decision;
+    let Fused { before, products, after, stores } = fused;
+    let mut lines = Vec::new();
+    let names = |names: &[String]| names.join(", ");
+    let ops = |count: &usize| format!("{count} op{}", if *count == 1 { "" } else { "s" });
+    match products.is_empty() {
+        true => lines.push(format!("fused: {}; stores {}", ops(after), names(stores))),
+        false => lines.push(format!(
+            "fused: {} before, product{} {}, {} after; stores {}",
+            ops(before),
+            if products.len() == 1 { "" } else { "s" },
+            names(products),
+            ops(after),
+            names(stores)
+        )),
+    }
+    lines.extend(remarks.iter().cloned());
+    if let Some(Scheduled { text, cost, runner_up, runner_up_cost, legal, numeric_class }) = schedule {
+        let mut line = format!("schedule: {text}");
+        if let Some(cost) = cost {
+            line += &format!(", cost {}", big(*cost).trim_end());
+        }
+        if let Some(runner_up) = runner_up {
+            let more = cost.zip(*runner_up_cost).map_or(", by preference".to_string(), |(cost, other)| {
+                format!(", cost {} ({:+.1} %)", big(other).trim_end(), 100.0 * (other / cost - 1.0))
+            });
+            line += &format!("; runner-up {runner_up}{more}");
+        }
+        line += &format!("; {legal} legal");
+        if !numeric_class.is_empty() {
+            line += &format!("; {numeric_class} decides the bits");
+        }
+        lines.push(line);
+    }
+    lines.iter().map(|line| format!("      {line}\n")).collect()
 }
 
 /// Text without the numbers of layers: `l12.q` is `q`, as `l0.q` is.
