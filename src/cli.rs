@@ -1,7 +1,7 @@
 //! The command line: one file a verb, and what verbs share.
 //!
-//! * Verbs: [`inspect`], [`run`], [`logits`], [`tokenize`], [`eval`], [`bench`], [`doctor`]; with the compiler [`plan`], [`compile`],
-//!   [`opt`], [`emit`].
+//! * Verbs: [`inspect`], [`run`], [`logits`], [`tokenize`], [`eval`], [`bench`], [`doctor`]; with the compiler [`plan`], [`diff`],
+//!   [`compile`], [`opt`], [`emit`].
 //! * [`source`]: the MODEL argument to an artifact, compiled into the cache folder if it is none; [`prompt`]: text to
 //!   tokens; [`device`]: where to run.
 //! * [`error`]: every error with its exit code; [`screen`]: columns, units, JSON, notes; [`interrupt`]: Ctrl-C.
@@ -28,6 +28,8 @@ mod tokenize;
 mod cache;
 #[cfg(feature = "compiler")]
 mod compile;
+#[cfg(feature = "compiler")]
+mod diff;
 #[cfg(feature = "compiler")]
 mod emit;
 #[cfg(feature = "compiler")]
@@ -76,6 +78,9 @@ enum Verb {
     /// What compiling would give: memory, launches, predicted speed; needs no weights
     #[cfg(feature = "compiler")]
     Plan(plan::Options),
+    /// What differs between two plans: kernels, memory, launches, predicted speed
+    #[cfg(feature = "compiler")]
+    Diff(diff::Options),
     /// Compile a model into an artifact
     #[cfg(feature = "compiler")]
     Compile(compile::Options),
@@ -102,6 +107,9 @@ enum Verb {
     #[cfg(not(feature = "compiler"))]
     #[command(hide = true)]
     Plan(WithoutCompiler),
+    #[cfg(not(feature = "compiler"))]
+    #[command(hide = true)]
+    Diff(WithoutCompiler),
     #[cfg(not(feature = "compiler"))]
     #[command(hide = true)]
     Compile(WithoutCompiler),
@@ -152,6 +160,8 @@ fn dispatch(verb: Verb, screen: &Screen) -> Result<ExitCode, CliError> {
         #[cfg(feature = "compiler")]
         Verb::Plan(options) => plan::plan(&options, screen),
         #[cfg(feature = "compiler")]
+        Verb::Diff(options) => diff::diff(&options, screen),
+        #[cfg(feature = "compiler")]
         Verb::Compile(options) => compile::compile(&options, screen),
         #[cfg(feature = "compiler")]
         Verb::Opt(options) => opt::opt(&options, screen),
@@ -159,6 +169,8 @@ fn dispatch(verb: Verb, screen: &Screen) -> Result<ExitCode, CliError> {
         Verb::Emit(options) => emit::emit(&options, screen),
         #[cfg(not(feature = "compiler"))]
         Verb::Plan(_) => Err(CliError::NoCompiler { what: "plan".into() }),
+        #[cfg(not(feature = "compiler"))]
+        Verb::Diff(_) => Err(CliError::NoCompiler { what: "diff".into() }),
         #[cfg(not(feature = "compiler"))]
         Verb::Compile(_) => Err(CliError::NoCompiler { what: "compile".into() }),
         #[cfg(not(feature = "compiler"))]

@@ -4,6 +4,7 @@
 //! * [`pipeline`]: a model's graphs through every pass to kernels and a plan.
 //! * [`weights`]: a checkpoint's tensors in the order and packing that the plan wants.
 //! * [`predict`]: what a plan's steps cost, and how long they take at least.
+//! * [`diff`]: what differs between two plans, kernel by kernel.
 //! * [`eval`]: how well a model predicts text, over any device.
 //! * [`judge`]: what counts as right; the only place with tolerances.
 //! * [`measure`] (feature `compiler`): the time of one kernel alone.
@@ -11,6 +12,7 @@
 
 #[cfg(feature = "compiler")]
 pub mod compile;
+pub mod diff;
 pub mod eval;
 pub mod judge;
 #[cfg(feature = "compiler")]

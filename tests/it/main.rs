@@ -2,6 +2,7 @@
 //!
 //! * [`builtin`]: the built-in model writes what transformers writes with it.
 //! * [`lower`]: kernels as LLVM IR, assembly, objects and PTX.
+//! * [`diff`]: the verbs `diff` and `plan --why`.
 //! * [`eval`]: the verb `eval` by the protocol of reference perplexities.
 //! * [`reference`]: real models against what PyTorch computes, on every device.
 //! * [`stages`]: every stage as text, and `opt` from one to the next.
@@ -23,6 +24,7 @@ mod fuzz;
 #[expect(dead_code, reason = "the tests of `models` write more kinds of files")]
 mod gguf_file;
 mod lower;
+mod diff;
 mod eval;
 mod reference;
 mod skipped;
@@ -39,6 +41,7 @@ fn main() {
     trials.extend(bad::trials());
     trials.extend(cli::trials());
     trials.extend(fuzz::trials());
+    trials.extend(diff::trials());
     trials.extend(eval::trials());
     trials.extend(reference::trials());
     trials.extend(stages::trials());
