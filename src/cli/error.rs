@@ -109,8 +109,7 @@ pub enum CliError {
     /// The chat template.
     #[error(transparent)]
     Chat(#[from] ChatError),
-    /// IR text that cannot be read, or a pass that broke it.
-    #[cfg(feature = "compiler")]
+    /// A text, of IR or of questions, that cannot be read.
     #[error("{}:{line}: {message}", file.display())]
     Text {
         /// The file.
@@ -178,7 +177,6 @@ impl CliError {
             CliError::Generate(GenerateError::Device(error)) => device(error),
             CliError::Generate(GenerateError::Sample(error)) | CliError::Sample(error) => sample(error),
             CliError::Tokenizer { .. } | CliError::Chat(_) => Exit::Model,
-            #[cfg(feature = "compiler")]
             CliError::Text { .. } => Exit::Model,
             #[cfg(feature = "compiler")]
             CliError::Pass { .. } => Exit::Bug,
@@ -246,7 +244,6 @@ impl CliError {
             CliError::Chat(_) => Facts::default(),
             #[cfg(feature = "compiler")]
             CliError::Pass { .. } => Facts::default(),
-            #[cfg(feature = "compiler")]
             CliError::Text { file, .. } => Facts::default().file(file),
             CliError::Read { file, .. } => Facts::default().file(file),
             CliError::Write(error) => write_facts(error),

@@ -96,7 +96,6 @@ pub fn run(options: &Options, screen: &Screen) -> Result<(), CliError> {
     let mut sampler = Sampler::new(options.sampling.options(seed))?;
     let mut device = options.device.device()?;
     let given = given(options)?;
-    let mut device = options.device.device()?;
     let ready = source::ready(&options.model, &options.build, screen)?;
     let tokenizer = match (ready.model.tokenizer(), &options.tokens) {
         (None, Some(_)) => None,

@@ -19,13 +19,13 @@ mod command;
 #[path = "../../models/tests/it/damage.rs"]
 #[expect(dead_code, reason = "the tests of `models` look at memory too")]
 mod damage;
+mod diff;
+mod eval;
 mod fuzz;
 #[path = "../../models/tests/it/gguf_file.rs"]
 #[expect(dead_code, reason = "the tests of `models` write more kinds of files")]
 mod gguf_file;
 mod lower;
-mod diff;
-mod eval;
 mod reference;
 mod skipped;
 mod stages;
