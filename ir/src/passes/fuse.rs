@@ -1,6 +1,6 @@
 //! Groups values into kernels.
 //!
-//! * Takes: a verified graph without groups. Gives: the same values (views that several groups read are copied), each
+//! * Takes: a verified graph; groups that it has are dissolved. Gives: the same values (views that several groups read are copied), each
 //!   computed one in a group, the values of a group together, groups in an order in which they can run.
 //! * Never: duplicates a product, or lets a group depend on itself through another.
 //! * Each tensor between two groups has a remark on the group that stores it: why they are not one.
@@ -22,6 +22,9 @@ use std::collections::BTreeMap;
 ///
 /// Never on a verified graph.
 pub fn fuse(graph: &mut Graph) {
+    graph.groups.clear();
+    graph.packs.clear();
+    graph.ids().for_each(|id| graph[id].group = None);
     let mut ctx = Ctx { users: graph.users(), graph };
     ctx.products();
     ctx.single(Family::Attention, |op| matches!(op, Op::Attention { .. }));
