@@ -135,8 +135,8 @@ impl DType {
         match self {
             DType::F64 => x,
             DType::F32 => x as f32 as f64,
-            DType::BF16 => bf16::from_f64(x).to_f64(),
-            DType::F16 => f16::from_f64(x).to_f64(),
+            DType::BF16 => bf16::from_f32(round_to_odd(x)).to_f64(),
+            DType::F16 => f16::from_f32(round_to_odd(x)).to_f64(),
             DType::I32 => x as i32 as f64,
             DType::I8 => x as i8 as f64,
             DType::U8 => x as u8 as f64,
@@ -144,6 +144,17 @@ impl DType {
             DType::Block(_) => panic!("a block format rounds blocks, not elements"),
         }
     }
+}
+
+/// `x` in f32, its last bit set where anything was lost: rounding that to nearest even in a narrower dtype is rounding `x`
+/// (Boldo and Melquiond 2008). `half`'s own conversions of f64 take what lies just beside a tie for a tie.
+fn round_to_odd(x: f64) -> f32 {
+    let nearest = x as f32;
+    if f64::from(nearest) == x || x.is_nan() {
+        return nearest;
+    }
+    let away = f64::from(nearest.abs()) > x.abs();
+    f32::from_bits((nearest.to_bits() - u32::from(away)) | 1)
 }
 
 impl std::fmt::Display for DType {
@@ -167,6 +178,13 @@ mod tests {
     fn rounding_is_to_nearest_even() {
         assert_eq!(DType::BF16.round(1.0 + 1.0 / 256.0), 1.0); // a tie goes to the even mantissa
         assert_eq!(DType::BF16.round(1.0 + 3.0 / 256.0), 1.0 + 1.0 / 64.0);
+        assert_eq!(DType::BF16.round(1.0 + 1.0 / 256.0 + f64::exp2(-50.0)), 1.0 + 1.0 / 128.0);
+        assert_eq!(DType::BF16.round(-1.0 - 3.0 / 256.0 + f64::exp2(-50.0)), -1.0 - 1.0 / 128.0);
+        assert_eq!(DType::BF16.round(f64::exp2(-134.0)), 0.0);
+        assert_eq!(DType::BF16.round(1.001 * f64::exp2(-134.0)), f64::exp2(-133.0));
+        assert_eq!(DType::BF16.round(1e300), f64::INFINITY);
+        assert_eq!(DType::BF16.round(-1e-300).to_bits(), (-0.0f64).to_bits());
+        assert_eq!(DType::F16.round(1.0 + 1.0 / 2048.0 + f64::exp2(-50.0)), 1.0 + 1.0 / 1024.0);
         assert_eq!(DType::F16.round(65520.0), f64::INFINITY);
         assert_eq!(DType::I32.round(-2.9), -2.0);
     }

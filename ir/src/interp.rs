@@ -13,7 +13,6 @@ use crate::dim::{Dim, MAX_SYMBOLS};
 use crate::dtype::{Block, DType};
 use crate::graph::{Graph, TensorType, Value, ValueId};
 use crate::op::{DotAxes, Op, Reduction};
-use half::f16;
 use indexmap::IndexMap;
 use std::rc::Rc;
 
@@ -524,7 +523,7 @@ fn quantize(value: &Value, x: &Tensor) -> Result<Vec<f64>, InterpError> {
 
 /// A scale as a block holds it.
 fn stored(scale: f64) -> f64 {
-    f16::from_f64(scale).to_f64()
+    DType::F16.round(scale)
 }
 
 /// `x / scale`, 0 for a block of zeros.
