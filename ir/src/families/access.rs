@@ -722,7 +722,9 @@ fn cache_index(layout: Option<Layout>, head: Expr, slot: Expr, column: Expr) -> 
     }
 }
 
+/// A constant as its dtype holds it, f32 where it is a float.
 fn literal(value: f64, dtype: DType) -> Expr {
+    let value = dtype.round(value);
     let dtype = if dtype.is_float() { DType::F32 } else { dtype };
     Expr::Const { value, ty: Type::Vector { dtype, lanes: 1 } }
 }
