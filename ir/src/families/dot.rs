@@ -125,6 +125,7 @@ pub fn analyse(view: &GroupView<'_>) -> Result<DotGroup, LowerError> {
     let dots: Vec<ValueId> = view.values.iter().copied().filter(|&v| is_linear(graph, v).is_some()).collect();
     let Some(&first) = dots.first() else { return Err(view.unsupported("a group without a product")) };
     let (a, ty) = (graph[first].operands[0], &graph.operand(first, 0).ty);
+    let m = ty.shape[0];
     if dots.iter().any(|&d| graph[d].operands[0] != a) {
         return Err(view.unsupported("products of different operands"));
     }
@@ -134,6 +135,9 @@ pub fn analyse(view: &GroupView<'_>) -> Result<DotGroup, LowerError> {
     let mut segments: Vec<Segment> = Vec::new();
     for &root in &view.roots {
         let source = stored_value(view, root);
+        if graph[source].ty.shape.first() != Some(&m) {
+            return Err(view.unsupported("an output that has not the product's rows"));
+        }
         let cut =
             pieces(view, source, &is_dot).ok_or_else(|| view.unsupported("an index that is not affine"))?;
         for piece in cut {
@@ -145,6 +149,9 @@ pub fn analyse(view: &GroupView<'_>) -> Result<DotGroup, LowerError> {
                 [_, Some(chunks), Some(chunk)] => (chunks as usize, chunk as usize),
                 _ => return Err(view.unsupported("an output that is not rows of columns or of heads")),
             };
+            if found.is_empty() {
+                return Err(view.unsupported("an output of which a part needs no product"));
+            }
             let mut streams = Vec::new();
             for (dot, column) in found {
                 let base = column.base.constant().filter(|&b| b >= 0);
@@ -192,7 +199,7 @@ pub fn analyse(view: &GroupView<'_>) -> Result<DotGroup, LowerError> {
             return Err(view.unsupported("a product with columns that no output needs"));
         }
     }
-    Ok(DotGroup { a, m: ty.shape[0], k, dtype: ty.dtype, segments })
+    Ok(DotGroup { a, m, k, dtype: ty.dtype, segments })
 }
 
 /// Collects the products' columns that element `index` of `id` needs.
