@@ -171,6 +171,7 @@ pub struct Candidate {
 ///
 /// When the family does not cover the group.
 pub fn candidates(view: &GroupView<'_>, target: &Target) -> Result<Vec<Candidate>, LowerError> {
+    check_extents(view)?;
     let by_preference = |schedule| Candidate { schedule, cost: None };
     match view.family() {
         Family::Dot => dot::candidates(view, target),
@@ -210,19 +211,25 @@ pub fn numeric_class(family: Family, schedule: &str) -> Result<String, String> {
 ///
 /// When the family does not cover the group, or the schedule does not fit it.
 pub fn lower(view: &GroupView<'_>, target: &Target) -> Result<Lowered, LowerError> {
-    // A row's length is part of a kernel, so only the number of rows may be a symbol.
-    let operands = view.values.iter().flat_map(|&v| &view.graph[v].operands);
-    for &id in view.values.iter().chain(operands) {
-        if view.graph[id].ty.shape.iter().skip(1).any(|extent| extent.constant().is_none()) {
-            let name = &view.graph[id].name;
-            return Err(view.unsupported(format!("%{name}: a symbolic extent behind the first axis")));
-        }
-    }
+    check_extents(view)?;
     match view.family() {
         Family::Dot => dot::lower(view, target),
         Family::Attention => attention::lower(view, target),
         Family::Rowwise => rowwise::lower(view),
         Family::Elementwise | Family::Gather => elementwise::lower(view),
         Family::Sample => sample::lower(view),
+    }
+}
+
+/// Memory has constant strides: of a tensor in it only the first extent may be symbolic.
+fn check_extents(view: &GroupView<'_>) -> Result<(), LowerError> {
+    let operands = view.values.iter().flat_map(|&id| &view.graph[id].operands);
+    let read = operands.filter(|&&id| !view.has(id));
+    let symbolic = |id: &&ValueId| view.graph[**id].ty.shape.iter().skip(1).any(|d| d.constant().is_none());
+    match read.chain(&view.roots).find(symbolic) {
+        Some(&id) => {
+            Err(view.unsupported(format!("a symbolic extent behind the first of %{}", view.graph[id].name)))
+        }
+        None => Ok(()),
     }
 }
