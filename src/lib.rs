@@ -8,8 +8,11 @@
 //! * [`eval`]: how well a model predicts text, over any device.
 //! * [`judge`]: what counts as right; the only place with tolerances.
 //! * [`measure`] (feature `compiler`): the time of one kernel alone.
+//! * [`check`] (feature `compiler`): kernels judged one by one.
 //! * [`compile`] (feature `compiler`): code for each target, and the artifact.
 
+#[cfg(feature = "compiler")]
+pub mod check;
 #[cfg(feature = "compiler")]
 pub mod compile;
 pub mod diff;

@@ -13,6 +13,9 @@ use std::rc::Rc;
 /// Indices drawn for i32 tensors are below this; a table that is gathered from has at least as many rows.
 pub const INDICES: usize = 4;
 
+/// Slots of a random graph's caches.
+pub const SLOTS: i64 = 64;
+
 /// Largest value of the symbol `T` of a random graph; the smallest is 1.
 pub const MAX_T: i64 = 6;
 
@@ -72,8 +75,9 @@ pub fn random_bind(
 pub fn random_graph(seed: u64, size: usize) -> Graph {
     let mut b = Builder::new("random");
     let t = b.symbol("T", 1, MAX_T);
-    let mut draw = Draw { rng: Rng(seed), b, t, pool: Vec::new(), n_bound: 0 };
-    for shape in [vec![t, Dim::of(8)], vec![Dim::of(4), Dim::of(6)], vec![t]] {
+    let mut draw = Draw { rng: Rng(seed), b, t, pool: Vec::new(), pos: None, n_bound: 0 };
+    let width = Dim::of(draw.rng.pick(&[1, 16, 17, 33]));
+    for shape in [vec![t, Dim::of(8)], vec![Dim::of(4), Dim::of(6)], vec![t], vec![t, width]] {
         let dtype = draw.rng.pick(&[DType::F32, DType::BF16]);
         draw.input(dtype, &shape);
     }
@@ -95,6 +99,8 @@ struct Draw {
     b: Builder,
     t: Dim,
     pool: Vec<Known>,
+    /// The input `positions`, once something asked for it.
+    pos: Option<ValueId>,
     n_bound: usize,
 }
 
@@ -155,7 +161,7 @@ impl Draw {
     /// Adds one op, with what it needs around it, on some value of the pool.
     fn step(&mut self) {
         let x = self.rng.pick(&self.pool.clone());
-        match self.rng.below(12) {
+        match self.rng.below(17) {
             0 => self.unary(x),
             1 | 2 => self.binary(x),
             3 => self.cast(x),
@@ -165,10 +171,14 @@ impl Draw {
             7 => self.transpose(x),
             8 => self.slice(x),
             9 => self.concat(x),
-            10 => self.dot(x),
-            _ => match self.rng.below(2) {
-                0 => self.select(x),
-                _ => self.gather(x),
+            10 | 11 => self.dot(x),
+            12 => self.select(x),
+            13 => self.gather(x),
+            14 => self.norm(x),
+            15 => self.gated(x),
+            _ => match self.rng.below(3) {
+                0 => self.argmax(x),
+                _ => self.attend(x),
             },
         }
     }
@@ -299,8 +309,8 @@ impl Draw {
         let length = k.eval(&[MAX_T; MAX_SYMBOLS]) as f64;
         let letters = &"abcd"[..shape.len()];
         let (outer, summed) = letters.split_at(shape.len() - 1);
-        if self.rng.below(2) == 0 && k.constant().is_some() {
-            let n = self.rng.pick(&[1, 5, 8]);
+        if self.rng.below(4) > 0 && k.constant().is_some() {
+            let n = self.rng.pick(&[1, 5, 8, 16, 17, 40]);
             let w = self.weight(dtype, &[Dim::of(n), k]);
             let id = self.b.dot("d", &format!("{letters},n{summed}->{outer}n"), x.id, w, store);
             self.keep(id, length * x.bound * 2.0);
@@ -329,6 +339,84 @@ impl Draw {
         let ids = self.b.input(&format!("ids{}", self.n_bound), DType::I32, &[count]);
         let id = self.b.gather("g", x.id, ids);
         self.keep(id, x.bound);
+    }
+
+    /// The width of `x`, if it is rows of a constant width.
+    fn rows(&self, x: Known) -> Option<Dim> {
+        match self.ty(x.id).shape[..] {
+            [t, k] if t == self.t && k.constant().is_some() => Some(k),
+            _ => None,
+        }
+    }
+
+    /// `x W^T`, of rows.
+    fn linear(&mut self, x: Known, k: Dim, n: usize) -> Known {
+        let dtype = self.ty(x.id).dtype;
+        let w = self.weight(dtype, &[n.into(), k]);
+        let id = self.b.dot("d", "tk,nk->tn", x.id, w, dtype);
+        Known { id, bound: 2.0 * x.bound * k.base as f64 }
+    }
+
+    fn norm(&mut self, x: Known) {
+        let Some(k) = self.rows(x) else { return };
+        let w = self.weight(self.ty(x.id).dtype, &[k]);
+        let id = self.b.rms_norm("norm", x.id, w, 1e-5);
+        self.keep(id, 2.0 * (k.base as f64).sqrt());
+    }
+
+    /// Two products of one left operand, joined: one gates the other.
+    fn gated(&mut self, x: Known) {
+        let Some(k) = self.rows(x) else { return };
+        let n = self.rng.pick(&[3, 8, 16, 24]);
+        let (gate, up) = (self.linear(x, k, n), self.linear(x, k, n));
+        let gate = self.b.unary("gate", Unary::Tanh, gate.id);
+        let id = self.b.binary("gated", Binary::Mul, gate, up.id);
+        self.keep(id, up.bound);
+    }
+
+    fn argmax(&mut self, x: Known) {
+        if self.rows(x).is_some() && self.ty(x.id).dtype == DType::F32 {
+            self.n_bound += 1;
+            let id = self.b.argmax("best", x.id);
+            self.b.output(&format!("best{}", self.n_bound), id);
+        }
+    }
+
+    /// Products for queries, keys and values, a rotation, caches and attention.
+    fn attend(&mut self, x: Known) {
+        let Some(width) = self.rows(x) else { return };
+        let id = self.b.unary("tame", Unary::Tanh, x.id);
+        let x = Known { id, bound: 1.0 };
+        let (heads, kv_heads) = self.rng.pick(&[(1, 1), (2, 1), (4, 2), (3, 3)]);
+        let d = self.rng.pick(&[2, 8, 16, 18]);
+        let t = self.t;
+        let pos = match self.pos {
+            Some(pos) => pos,
+            None => *self.pos.insert(self.b.input("positions", DType::I32, &[t])),
+        };
+        let heads_of = |draw: &mut Draw, heads: usize| {
+            let y = draw.linear(x, width, heads * d);
+            let id = draw.b.reshape("heads", y.id, &[t, heads.into(), d.into()]);
+            Known { id, bound: y.bound }
+        };
+        let (q, k, v) = (heads_of(self, heads), heads_of(self, kv_heads), heads_of(self, kv_heads));
+        let frequencies: Vec<f64> = (0..d / 2).map(|i| 0.5f64.powi(i as i32)).collect();
+        let (cos, sin) = self.b.rope_tables(pos, &frequencies, 1.0);
+        let (q, k) = (self.b.rope("qr", q.id, cos, sin), self.b.rope("kr", k.id, cos, sin));
+        let (dtype, shape) = (self.ty(k).dtype, [kv_heads.into(), Dim::of(SLOTS), d.into()]);
+        let cached = |draw: &mut Draw, rows: ValueId| {
+            draw.n_bound += 1;
+            let name = format!("cache{}", draw.n_bound);
+            let cache = draw.b.state(&name, dtype, &shape);
+            let cache = draw.b.cache_append("kv", cache, rows, pos);
+            draw.b.output(&name, cache);
+            cache
+        };
+        let (keys, values) = (cached(self, k), cached(self, v.id));
+        let causal = self.rng.below(4) > 0;
+        let a = self.b.attention("a", q, keys, values, pos, causal, 0.125);
+        let id = self.b.reshape("af", a, &[t, (heads * d).into()]);
+        self.keep(id, v.bound.max(2.0));
     }
 
     /// Names as outputs the last value and most of those that nobody reads.

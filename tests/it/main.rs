@@ -4,6 +4,7 @@
 //! * [`lower`]: kernels as LLVM IR, assembly, objects and PTX.
 //! * [`diff`]: the verbs `diff` and `plan --why`.
 //! * [`eval`]: the verb `eval` by the protocol of reference perplexities.
+//! * [`random`]: random graphs, compiled and interpreted.
 //! * [`reference`]: real models against what PyTorch computes, on every device.
 //! * [`stages`]: every stage as text, and `opt` from one to the next.
 //! * [`cli`]: what CLI.md promises of the command, and [`bad`]: how it refuses bad input; both run it by [`command`].
@@ -26,6 +27,7 @@ mod fuzz;
 #[expect(dead_code, reason = "the tests of `models` write more kinds of files")]
 mod gguf_file;
 mod lower;
+mod random;
 mod reference;
 mod skipped;
 mod stages;
@@ -43,6 +45,7 @@ fn main() {
     trials.extend(fuzz::trials());
     trials.extend(diff::trials());
     trials.extend(eval::trials());
+    trials.extend(random::trials());
     trials.extend(reference::trials());
     trials.extend(stages::trials());
     let conclusion = libtest_mimic::run(&args, trials);

@@ -1,0 +1,270 @@
+//! Where a launch runs: code on this CPU, the kernel interpreter, or nowhere.
+
+use super::memory::positions;
+use codegen::cpu::{CodegenError, Form, Level};
+use ir::DType;
+use ir::dim::MAX_SYMBOLS;
+use ir::kernel::interp::{self, Fault, KBuffer};
+use ir::kernel::{Access, Buffer, Kernel, Space, verify};
+use ir::plan::{Cost, Entry, Give, Launch, Plan, PlanKernel};
+use runtime::code::{Code, CodeError, Guarded};
+use runtime::map::MapError;
+
+/// What a parameter holds before a launch, in the order of its index space; `None` where the launch has to write it all.
+pub type Held = Option<Vec<f64>>;
+
+/// Why a launch is wrong, whatever its numbers are.
+#[derive(Debug, thiserror::Error)]
+#[expect(missing_docs, reason = "the messages say what the fields are")]
+pub enum LaunchError {
+    #[error("memory beside `%{param}` was written, or what the kernel may only read")]
+    Strayed { param: String },
+    #[error("`%{param}`, element {at}: two workers store other bits than one")]
+    Workers { param: String, at: usize },
+    #[error("`%{param}`, element {at}: what is stored depends on what memory held before")]
+    Leftover { param: String, at: usize },
+    #[error(transparent)]
+    Fault(#[from] Box<Fault>),
+    #[error(transparent)]
+    Verify(#[from] Box<verify::VerifyError>),
+    #[error("{args} arguments for {params} parameters")]
+    Count { args: usize, params: usize },
+    #[error("`%{param}` has {expected} elements, its argument {found}")]
+    Size { param: String, found: usize, expected: usize },
+    #[error("`%{param}` is only read, and its argument has nothing in it")]
+    Empty { param: String },
+    #[error("no memory for a launch")]
+    Memory(#[from] MapError),
+}
+
+/// Why kernels could not be made ready.
+#[derive(Debug, thiserror::Error)]
+pub enum LoadError {
+    /// LLVM, or the linker.
+    #[error(transparent)]
+    Codegen(#[from] CodegenError),
+    /// The system's loader.
+    #[error(transparent)]
+    Code(#[from] CodeError),
+}
+
+/// Runs launches of a list of kernels.
+pub enum Device {
+    /// Their code for one CPU level.
+    Cpu(Box<Compiled>),
+    /// The kernel interpreter: bounds, unwritten reads, races.
+    Interpreter,
+    /// Verifies kernels and what is bound to them.
+    Null,
+}
+
+impl Device {
+    /// Compiles kernels for a level that this machine runs.
+    ///
+    /// # Errors
+    ///
+    /// What LLVM, the linker or the loader said.
+    pub fn cpu(level: &Level, kernels: &[Kernel]) -> Result<Device, LoadError> {
+        Ok(Device::Cpu(Box::new(Compiled::new(level, kernels)?)))
+    }
+
+    /// Runs kernel `number` on what its parameters hold; gives what they hold then, or `None` where nothing ran.
+    ///
+    /// # Errors
+    ///
+    /// What is wrong, before any number is looked at.
+    pub fn run(
+        &mut self,
+        number: usize,
+        kernel: &Kernel,
+        held: &[Held],
+        symbols: [i64; MAX_SYMBOLS],
+    ) -> Result<Option<Vec<Vec<f64>>>, LaunchError> {
+        check_binding(kernel, held, &symbols)?;
+        match self {
+            Device::Cpu(compiled) => compiled.run(number, kernel, held, symbols).map(Some),
+            Device::Interpreter => {
+                let bound = |((_, buffer), held): ((_, &Buffer), &Held)| match held {
+                    Some(data) => KBuffer::from_data(buffer, &symbols, data),
+                    None => KBuffer::unwritten(buffer, &symbols),
+                };
+                let mut params: Vec<KBuffer> = kernel.params().zip(held).map(bound).collect();
+                interp::run(kernel, &symbols, &mut params, interp::Options::default())?;
+                Ok(Some(params.iter().map(KBuffer::data).collect()))
+            }
+            Device::Null => Ok(None),
+        }
+    }
+}
+
+/// A valid kernel, and for each parameter as many elements as it names.
+fn check_binding(kernel: &Kernel, held: &[Held], symbols: &[i64; MAX_SYMBOLS]) -> Result<(), LaunchError> {
+    verify::verify(kernel)?;
+    let params = kernel.params().count();
+    if params != held.len() {
+        return Err(LaunchError::Count { args: held.len(), params });
+    }
+    for ((_, buffer), held) in kernel.params().zip(held) {
+        let param = buffer.name.clone();
+        match held {
+            Some(data) => {
+                let (found, expected) = (data.len(), positions(buffer, symbols).0.len());
+                if found != expected {
+                    return Err(LaunchError::Size { param, found, expected });
+                }
+            }
+            None if buffer.space != Space::Global(Access::Write) => return Err(LaunchError::Empty { param }),
+            None => {}
+        }
+    }
+    Ok(())
+}
+
+/// Code of kernels, each its own entry point, for one worker and for two.
+pub struct Compiled {
+    by_workers: [Code; 2],
+}
+
+impl Compiled {
+    fn new(level: &Level, kernels: &[Kernel]) -> Result<Compiled, LoadError> {
+        let mut plan = Plan::default();
+        let mut named = Vec::new();
+        for (number, kernel) in kernels.iter().enumerate() {
+            let kernel = Kernel { name: number.to_string(), ..kernel.clone() };
+            let (name, family, schedule) = (kernel.name.clone(), kernel.family, kernel.schedule.clone());
+            let args = (0..kernel.params().count()).collect();
+            let launches = vec![Launch { kernel: number, args, cost: Cost::default() }];
+            plan.kernels.push(PlanKernel { name, family, schedule });
+            plan.entries.push(Entry {
+                name: format!("launch.{number}"),
+                symbols: kernel.symbols.clone(),
+                give: Give::Nothing,
+                tokens: 0,
+                positions: 0,
+                logits: None,
+                token: None,
+                launches,
+            });
+            named.push(kernel);
+        }
+        let text = codegen::lower::module(&plan, &named, level.features);
+        let object = codegen::link::link(&codegen::cpu::compile(&text, level, Form::Object)?)?;
+        let load = |threads| Code::load(&object, plan.entries.iter().map(|e| e.name.as_str()), threads);
+        Ok(Compiled { by_workers: [load(1)?, load(2)?] })
+    }
+
+    /// Runs three times, by one worker and by two, in memory full of NaN and full of large numbers: the bits must be the
+    /// same, and what is not written is not the same.
+    fn run(
+        &mut self,
+        number: usize,
+        kernel: &Kernel,
+        held: &[Held],
+        symbols: [i64; MAX_SYMBOLS],
+    ) -> Result<Vec<Vec<f64>>, LaunchError> {
+        /// Every byte. As f32 or bf16 it is a NaN.
+        const NAN: u8 = 0xFF;
+        /// As f32 or bf16 it is 3.4e38.
+        const LARGE: u8 = 0x7F;
+        let params: Vec<Param> = kernel.params().map(|(_, buffer)| Param::new(buffer, &symbols)).collect();
+        let mut launch = |workers: usize, poison: u8| -> Result<Vec<Vec<u8>>, LaunchError> {
+            let with = params.iter().zip(held);
+            let before: Vec<Vec<u8>> = with.map(|(param, held)| param.bytes(held, poison)).collect();
+            let mut buffers = Vec::new();
+            for bytes in &before {
+                let mut buffer = Guarded::zeroed(bytes.len())?;
+                buffer.bytes_mut().copy_from_slice(bytes);
+                buffers.push(buffer);
+            }
+            self.by_workers[workers - 1].run_on(number, &mut buffers, symbols);
+            for ((param, buffer), before) in params.iter().zip(&buffers).zip(&before) {
+                if !buffer.is_intact() || !param.keeps(before, buffer.bytes()) {
+                    return Err(LaunchError::Strayed { param: param.buffer.name.clone() });
+                }
+            }
+            let elems = params.iter().zip(&buffers).map(|(param, buffer)| param.elems(buffer.bytes()));
+            Ok(elems.collect())
+        };
+        let first = launch(1, NAN)?;
+        for (workers, poison) in [(2, NAN), (1, LARGE)] {
+            let again = launch(workers, poison)?;
+            for (param, (first, again)) in params.iter().zip(first.iter().zip(&again)) {
+                let size = param.buffer.dtype.bytes(1);
+                let Some(byte) = first.iter().zip(again).position(|(a, b)| a != b) else { continue };
+                let (param, at) = (param.buffer.name.clone(), byte / size);
+                return Err(match workers {
+                    2 => LaunchError::Workers { param, at },
+                    _ => LaunchError::Leftover { param, at },
+                });
+            }
+        }
+        Ok(params.iter().zip(&first).map(|(param, bytes)| decode(param.buffer.dtype, bytes)).collect())
+    }
+}
+
+/// A parameter with where its elements lie.
+struct Param<'k> {
+    buffer: &'k Buffer,
+    positions: Vec<usize>,
+    span: usize,
+}
+
+impl<'k> Param<'k> {
+    fn new(buffer: &'k Buffer, symbols: &[i64; MAX_SYMBOLS]) -> Param<'k> {
+        let (positions, span) = positions(buffer, symbols);
+        Param { buffer, positions, span }
+    }
+
+    /// The memory before a launch: what is held, and poison elsewhere.
+    fn bytes(&self, held: &Held, poison: u8) -> Vec<u8> {
+        let size = self.buffer.dtype.bytes(1);
+        let mut bytes = vec![poison; self.span * size];
+        for (&position, &x) in self.positions.iter().zip(held.iter().flatten()) {
+            encode(self.buffer.dtype, x, &mut bytes[position * size..][..size]);
+        }
+        bytes
+    }
+
+    /// Is what lies between the elements as it was, and the elements too if they may only be read?
+    fn keeps(&self, before: &[u8], after: &[u8]) -> bool {
+        if self.buffer.space == Space::Global(Access::Read) {
+            return before == after;
+        }
+        let mut own = vec![false; self.span];
+        self.positions.iter().for_each(|&position| own[position] = true);
+        let size = self.buffer.dtype.bytes(1);
+        let pairs = before.chunks_exact(size).zip(after.chunks_exact(size));
+        pairs.zip(own).all(|((before, after), own)| own || before == after)
+    }
+
+    /// The bytes of the elements, one after the other.
+    fn elems(&self, bytes: &[u8]) -> Vec<u8> {
+        let size = self.buffer.dtype.bytes(1);
+        self.positions.iter().flat_map(|&position| &bytes[position * size..][..size]).copied().collect()
+    }
+}
+
+fn encode(dtype: DType, x: f64, out: &mut [u8]) {
+    match dtype {
+        DType::F32 => out.copy_from_slice(&(x as f32).to_le_bytes()),
+        DType::BF16 => out.copy_from_slice(&half::bf16::from_f32(x as f32).to_le_bytes()),
+        DType::I32 => out.copy_from_slice(&(x as i32).to_le_bytes()),
+        DType::Bool => out[0] = u8::from(x != 0.0),
+        DType::F64 | DType::F16 | DType::I8 | DType::U8 | DType::Block(_) => {
+            unreachable!("no kernel keeps {dtype} in memory")
+        }
+    }
+}
+
+fn decode(dtype: DType, bytes: &[u8]) -> Vec<f64> {
+    let elem = |b: &[u8]| match dtype {
+        DType::F32 => f64::from(f32::from_le_bytes([b[0], b[1], b[2], b[3]])),
+        DType::BF16 => half::bf16::from_le_bytes([b[0], b[1]]).to_f64(),
+        DType::I32 => f64::from(i32::from_le_bytes([b[0], b[1], b[2], b[3]])),
+        DType::Bool => f64::from(b[0]),
+        DType::F64 | DType::F16 | DType::I8 | DType::U8 | DType::Block(_) => {
+            unreachable!("no kernel keeps {dtype} in memory")
+        }
+    };
+    bytes.chunks_exact(dtype.bytes(1)).map(elem).collect()
+}

@@ -1,0 +1,95 @@
+//! Tensors as a kernel's parameters hold them: packed, in panels, with a pitch; and back.
+//!
+//! Written from the layouts' text and not with the generators' code, which it helps to judge.
+
+use ir::dim::MAX_SYMBOLS;
+use ir::families::{Arg, storage};
+use ir::graph::{Graph, GroupId, Layout, Pack, ValueId};
+use ir::interp::Tensor;
+use ir::kernel::Buffer;
+use std::rc::Rc;
+
+/// What a launch of `group` finds at an argument, in the order of the parameter's index space; `None` for what it makes.
+pub fn held(
+    graph: &Graph,
+    group: GroupId,
+    arg: &Arg,
+    tensor: &dyn Fn(ValueId) -> Rc<Tensor>,
+) -> Option<Vec<f64>> {
+    match arg {
+        Arg::Workspace { .. } => None,
+        Arg::Pack(number) => Some(packed(&graph.packs[*number], tensor)),
+        Arg::Value(id) => {
+            // A cache holds what the last append before left in it.
+            let before = |v: &ValueId| graph[*v].group.is_none_or(|of| of < group);
+            let there = graph.ids().rfind(|&v| storage(graph, v) == *id && before(&v))?;
+            Some(in_memory(&tensor(there), graph[*id].layout))
+        }
+    }
+}
+
+/// The tensor that a parameter holds.
+pub fn tensor_of(graph: &Graph, id: ValueId, symbols: &[i64; MAX_SYMBOLS], held: &[f64]) -> Tensor {
+    let ty = &graph[id].ty;
+    let shape: Vec<usize> = ty.shape.iter().map(|dim| dim.eval(symbols) as usize).collect();
+    let data = match cells(&shape, graph[storage(graph, id)].layout) {
+        None => held.to_vec(),
+        Some((cells, _)) => cells.into_iter().map(|cell| held[cell]).collect(),
+    };
+    Tensor { dtype: ty.dtype, shape, data }
+}
+
+/// Where each element of a parameter lies, in elements from its beginning, and the elements from there to its end.
+pub fn positions(buffer: &Buffer, symbols: &[i64; MAX_SYMBOLS]) -> (Vec<usize>, usize) {
+    let mut positions = vec![0];
+    for (dim, &stride) in buffer.shape.iter().zip(&buffer.strides) {
+        let along = |base: usize| (0..dim.eval(symbols)).map(move |i| base + (i * stride) as usize);
+        positions = positions.into_iter().flat_map(along).collect();
+    }
+    let span = positions.iter().max().map_or(0, |last| last + 1);
+    (positions, span)
+}
+
+fn packed(pack: &Pack, tensor: &dyn Fn(ValueId) -> Rc<Tensor>) -> Vec<f64> {
+    let mut data = vec![0.0; pack.elems()];
+    for (number, stream) in pack.streams.iter().enumerate() {
+        let weight = tensor(stream.weight);
+        for n in 0..pack.n {
+            let row = &weight.data[stream.row(n) * pack.k..][..pack.k];
+            row.iter().enumerate().for_each(|(k, &x)| data[pack.index(number, n, k)] = x);
+        }
+    }
+    data
+}
+
+fn in_memory(tensor: &Tensor, layout: Option<Layout>) -> Vec<f64> {
+    let Some((cells, len)) = cells(&tensor.shape, layout) else { return tensor.data.clone() };
+    let mut data = vec![0.0; len];
+    cells.into_iter().zip(&tensor.data).for_each(|(cell, &x)| data[cell] = x);
+    data
+}
+
+/// Where the elements of a cache in panels lie, and how many there are with the padding.
+fn cells(shape: &[usize], layout: Option<Layout>) -> Option<(Vec<usize>, usize)> {
+    let lanes = Pack::LANES;
+    // The axis that lies along the lanes, the one whose elements share words, and how long a word is.
+    let (keys, word) = match layout? {
+        Layout::Rows { .. } => return None,
+        Layout::KeyPanels { word } => (true, word),
+        Layout::ValuePanels { word } => (false, word),
+    };
+    let &[heads, slots, width] = shape else { unreachable!("caches have three axes") };
+    let (across, along) = if keys { (slots, width) } else { (width, slots) };
+    let (panels, words) = (across.div_ceil(lanes), along.div_ceil(word));
+    let cell = |head: usize, slot: usize, column: usize| {
+        let (a, b) = if keys { (slot, column) } else { (column, slot) };
+        (((head * panels + a / lanes) * words + b / word) * lanes + a % lanes) * word + b % word
+    };
+    let (mut cells, all) = (Vec::new(), heads * panels * words * lanes * word);
+    for head in 0..heads {
+        for slot in 0..slots {
+            cells.extend((0..width).map(|column| cell(head, slot, column)));
+        }
+    }
+    Some((cells, all))
+}
