@@ -7,8 +7,10 @@
 //!
 //! What counts as right is [`crate::judge`]'s to say.
 
+pub mod cases;
 pub mod device;
 pub mod memory;
+pub mod walk;
 
 use crate::judge::group::expect;
 use crate::judge::{Expected, Mismatch, Shares};

@@ -15,6 +15,10 @@
 //! | `compare`, then `select` | exact where the operands differ by more than their bounds; else either choice |
 //! | moves, `cast` between floats | the operand's: floats stay f32 inside |
 //!
+//! `h` is what it would be if f32 had no largest number. Where `abs(x) + h` is beyond that, what is computed may be
+//! infinite: a quotient by it, its `recip` and its `rsqrt` are then 0 at least, `abs(y)` away; of a result within f32's
+//! range that other ops make of it nothing can be said, nor of a sum whose `Σ abs` is beyond.
+//!
 //! The statistical bound has `sqrt(K)` for `K`. For a sum of products of stored numbers the formulas are those of the
 //! policy: `K u Σ abs(a) abs(b)` is `g(K) u_acc s`.
 //!
@@ -37,6 +41,9 @@ use std::rc::Rc;
 
 /// f32's unit roundoff.
 const U: f64 = 1.0 / (1u64 << 24) as f64;
+
+/// f32's largest number.
+const LARGEST: f64 = f32::MAX as f64;
 
 /// Half of f32's smallest number: what rounding a result below 2^-126 may cost.
 const ETA: f64 = f64::from_bits((1023 - 150) << 52);
@@ -154,21 +161,37 @@ fn step(
             let round = |x: f64| value.ty.dtype.round(x);
             (round(high) - y[at]).abs().max((round(low) - y[at]).abs())
         }),
-        Op::Unary(op) => each(&|at, h| spread(*op, x(0, at), h(0)) + function_error(*op, y[at])),
+        Op::Unary(op) => each(&|at, h| {
+            let usual = spread(*op, x(0, at), h(0)) + function_error(*op, y[at]);
+            match op {
+                _ if !overflows(x(0, at), h(0)) => usual,
+                Unary::Recip | Unary::Rsqrt => usual.max(y[at].abs()),
+                Unary::Log | Unary::Sqrt | Unary::Sin | Unary::Cos => f64::INFINITY,
+                Unary::Neg | Unary::Abs | Unary::Exp | Unary::Tanh => usual,
+            }
+        }),
         Op::Binary(_) if !float => None,
         Op::Binary(op) => each(&|at, h| {
             let (a, b, rounding) = (x(0, at).abs(), x(1, at).abs(), U * y[at].abs());
-            match op {
+            let infinite = [0, 1].map(|n| overflows(x(n, at), h(n)));
+            let usual = match op {
                 Binary::Add | Binary::Sub => h(0) + h(1) + rounding,
                 Binary::Mul => a * h(1) + b * h(0) + h(0) * h(1) + rounding + ETA,
                 Binary::Div if h(1) < b => (h(0) + y[at].abs() * h(1)) / (b - h(1)) + rounding + ETA,
                 Binary::Div if h(0) == 0.0 && h(1) == 0.0 => 0.0,
                 Binary::Div => f64::INFINITY,
                 Binary::Max | Binary::Min => h(0).max(h(1)),
+            };
+            match op {
+                Binary::Max | Binary::Min => usual,
+                _ if infinite == [false; 2] || y[at].abs() > LARGEST => usual,
+                Binary::Div if infinite == [false, true] => usual.max(y[at].abs()),
+                Binary::Add | Binary::Sub | Binary::Mul | Binary::Div => f64::INFINITY,
             }
         }),
         Op::Compare(_) => each(&|at, h| {
-            let doubt = h(0) + h(1);
+            let both = [0, 1].iter().all(|&n| overflows(x(n, at), h(n)));
+            let doubt = if both { f64::INFINITY } else { h(0) + h(1) };
             f64::from(u8::from(doubt > 0.0 && (x(0, at) - x(1, at)).abs() <= doubt))
         }),
         Op::Select => each(&|at, h| match h(0) == 0.0 {
@@ -200,6 +223,11 @@ fn step(
         }
     };
     Ok(Known { exact, errors })
+}
+
+/// Can what is computed in place of `x` be infinite in f32?
+fn overflows(x: f64, h: f64) -> bool {
+    x.abs() + h > LARGEST
 }
 
 /// How far `f` moves when its argument does.
@@ -266,7 +294,9 @@ fn reduced(
         }
         let sizes = x.exact.data.iter().zip(&h.data).map(|(x, h)| x.abs() + h).collect();
         let sizes = fold(Rc::new(Tensor { dtype: DType::F64, shape: x.exact.shape.clone(), data: sizes }))?;
-        Ok(moved.iter().zip(sizes).map(|(h, s)| h + growth * (U * s + ETA)).collect())
+        let bound =
+            |(h, s): (&f64, f64)| if s > LARGEST { f64::INFINITY } else { h + growth * (U * s + ETA) };
+        Ok(moved.iter().zip(sizes).map(bound).collect())
     };
     Ok(Errors { hard: bound(|e| &e.hard, length)?, typical: bound(|e| &e.typical, length.sqrt())? })
 }
@@ -307,7 +337,10 @@ fn dot(value: &Value, a: &Known, b: &Known, symbols: &[i64; MAX_SYMBOLS]) -> Res
         let mut bound: Vec<f64> = s
             .iter()
             .zip(&wide_s)
-            .map(|(s, w)| (w - s).max(0.0) + growth * U * w + 2.0 * length * ETA)
+            .map(|(s, w)| match *w > LARGEST {
+                true => f64::INFINITY,
+                false => (w - s).max(0.0) + growth * U * w + 2.0 * length * ETA,
+            })
             .collect();
         if bf16 {
             let ones = |k: &Known| vec![NORMAL; k.exact.data.len()];

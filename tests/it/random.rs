@@ -122,7 +122,8 @@ fn graph(level: &str, seed: u64, size: usize, tried: &mut Tried) -> Checked<()> 
         let (interpreted, _) = on("interpreter", &mut Device::Interpreter)?;
         on("null", &mut Device::Null)?;
         *shares = shares.worst(of_cpu);
-        if is_exact(&made.kernel) {
+        // Near the subnormal edge AVX-512's conversion to bf16 takes subnormals for zero.
+        if is_exact(&made.kernel) && feed.distribution != Distribution::Tiny {
             for ((id, a), (_, b)) in results.iter().zip(&interpreted) {
                 if let Some(at) = (0..a.data.len()).find(|&at| !same(a.data[at], b.data[at])) {
                     let what = format!("%{}, element {at}: {:e}", subject.graph[*id].name, a.data[at]);

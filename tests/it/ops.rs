@@ -1,0 +1,46 @@
+//! The op suite: the table of `llamac::check::cases` on every device.
+//!
+//! On this machine's own code every case with two schedules; interpreted and verified with the default one. The verb
+//! `check` walks the same table further.
+
+use crate::Checked;
+use ir::graph::Family;
+use libtest_mimic::Trial;
+use llamac::check::cases::cases;
+use llamac::check::walk::{Walk, walk};
+use std::ops::ControlFlow;
+
+/// One test a family.
+pub fn trials() -> Vec<Trial> {
+    let trial = |family: Family| Trial::test(format!("ops {}", family.name()), move || ops(family).map_err(Into::into));
+    Family::ALL.map(trial).into()
+}
+
+fn ops(family: Family) -> Checked<()> {
+    let levels = vec![codegen::cpu::level("cpu:native")?];
+    let plan = Walk { family: Some(family), schedules: Some(2), seed: 1, levels, interpreters: true };
+    let report = walk(&plan, &cases(), &mut |_, _| ControlFlow::Continue(()))?;
+    for ((family, dtype, device), tally) in &report.rows {
+        println!(
+            "ops {} {dtype} on {device}: {} launches, {:.3} of the hard bound ({}), {:.3} of the statistical",
+            family.name(),
+            tally.launches,
+            tally.shares.hard,
+            tally.worst,
+            tally.shares.typical
+        );
+    }
+    println!("ops {}: {} launches", family.name(), report.launches());
+    if let Some(failure) = report.failures.first() {
+        return Err(format!("{} launches are wrong, the first: {failure:#?}", report.failures.len()).into());
+    }
+    if let Some(why) = report.refused.first() {
+        return Err(format!("{} groups without a kernel, the first: {why}", report.refused.len()).into());
+    }
+    for device in ["cpu:native", "interpreter", "null"] {
+        if !report.rows.keys().any(|row| row.2 == device) {
+            return Err(format!("nothing ran on {device}").into());
+        }
+    }
+    Ok(())
+}
