@@ -4,14 +4,16 @@
 
 use super::cases::Case;
 use super::device::{Device, LoadError};
-use super::{Distribution, Feed, Subject, Wrong, launch};
-use crate::judge::Shares;
+use super::{Distribution, Feed, Subject, Tensors, launch};
+use crate::judge::{Expected, Shares};
 use codegen::cpu::{CodegenError, LEVELS, Level};
 use ir::DType;
 use ir::families::{GroupView, LowerError, Lowered};
 use ir::graph::{Family, GroupId};
 use ir::interp::InterpError;
+use ir::kernel::Kernel;
 use ir::random::Rng;
+use ir::target::Target;
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::ControlFlow;
 
@@ -121,6 +123,9 @@ pub enum WalkError {
     Interrupted,
 }
 
+/// Cases that share a module: linking costs more than compiling a kernel.
+const TOGETHER: usize = 16;
+
 /// Goes through the cases; `progress` is told how many of how many are done.
 ///
 /// # Errors
@@ -132,134 +137,178 @@ pub fn walk(
     progress: &mut dyn FnMut(usize, usize) -> ControlFlow<()>,
 ) -> Result<Report, WalkError> {
     let mut report = Report::default();
-    for (number, case) in cases.iter().enumerate() {
-        if progress(number, cases.len()).is_break() {
-            return Err(WalkError::Interrupted);
+    for (chunk, some) in cases.chunks(TOGETHER).enumerate() {
+        let mut ctx = Ctx { walk, devices: Vec::new(), report: &mut report };
+        let prepared = ctx.prepare(some)?;
+        for (number, prepared) in prepared.into_iter().enumerate() {
+            if progress(chunk * TOGETHER + number, cases.len()).is_break() {
+                return Err(WalkError::Interrupted);
+            }
+            ctx.run(prepared)?;
         }
-        try_case(walk, case, &mut report)?;
     }
     Ok(report)
 }
 
-/// A device with the kernels that it runs.
-struct Ready {
-    name: String,
-    device: Device,
-    kernels: Vec<(GroupId, String, Lowered)>,
-    /// Is it the interpreter, or `null`? Then not everything is run.
-    slow: bool,
-    /// Kernels that have failed: they are not run again.
-    failed: BTreeSet<usize>,
+/// A kernel and the device that it runs on.
+struct Try {
+    group: GroupId,
+    schedule: String,
+    lowered: Lowered,
+    /// Index in [`Ctx::devices`].
+    device: usize,
+    /// The kernel's number there.
+    number: usize,
+    /// It is not run again then.
+    failed: bool,
 }
 
-fn try_case(walk: &Walk, case: &Case, report: &mut Report) -> Result<(), WalkError> {
-    let mut subject = Subject::new(case.graph.clone());
-    let mut rng = Rng(case.name.bytes().fold(walk.seed, |hash, byte| Rng(hash ^ u64::from(byte)).bits()));
-    let family_of = |subject: &Subject, group: GroupId| subject.graph.groups[group.0 as usize].family;
-    let wanted = |subject: &Subject, group| walk.family.is_none_or(|f| f == family_of(subject, group));
-    let groups: Vec<GroupId> = subject.groups().filter(|&group| wanted(&subject, group)).collect();
-    let mut devices = Vec::new();
-    for (number, level) in walk.levels.iter().enumerate() {
-        let mut kernels = Vec::new();
-        for &group in &groups {
-            let mut schedules = match subject.schedules(group, &level.target) {
-                Ok(schedules) => schedules,
-                Err(LowerError::Unsupported { what, .. }) => {
-                    report.refused.insert(format!("{}: {what}", case.name));
+/// A case with all that is to be run.
+struct Prepared<'c> {
+    case: &'c Case,
+    subject: Subject,
+    tries: Vec<Try>,
+}
+
+struct Ctx<'w> {
+    walk: &'w Walk,
+    /// The levels, then the interpreter and `null`.
+    devices: Vec<(String, Device)>,
+    report: &'w mut Report,
+}
+
+impl Ctx<'_> {
+    /// Lowers and compiles.
+    fn prepare<'c>(&mut self, cases: &'c [Case]) -> Result<Vec<Prepared<'c>>, WalkError> {
+        let walk = self.walk;
+        let mut modules: Vec<Vec<Kernel>> = vec![Vec::new(); walk.levels.len()];
+        let mut prepared = Vec::new();
+        for case in cases {
+            let mut subject = Subject::new(case.graph.clone());
+            let seed = case.name.bytes().fold(walk.seed, |hash, byte| Rng(hash ^ u64::from(byte)).bits());
+            let (mut rng, mut tries) = (Rng(seed), Vec::new());
+            for group in subject.groups() {
+                let family = subject.graph.groups[group.0 as usize].family;
+                if walk.family.is_some_and(|wanted| wanted != family) {
                     continue;
                 }
-                Err(error @ LowerError::Schedule { .. }) => return Err(error.into()),
-            };
-            // The default stands first; of the others as many as asked for.
-            while walk.schedules.is_some_and(|most| schedules.len() > most.max(1)) {
-                schedules.remove(1 + rng.below(schedules.len() - 1));
-            }
-            for schedule in schedules {
-                match subject.lower(group, &schedule, &level.target) {
-                    Ok(lowered) => kernels.push((group, schedule, lowered)),
-                    Err(LowerError::Unsupported { what, .. }) => {
-                        report.refused.insert(format!("{}: {what}", case.name));
-                        break;
-                    }
-                    Err(error @ LowerError::Schedule { .. }) => return Err(error.into()),
-                }
-            }
-        }
-        if number == 0 && walk.interpreters {
-            let mut default = kernels.clone();
-            default.dedup_by_key(|(group, _, _)| *group);
-            for (name, device) in [("interpreter", Device::Interpreter), ("null", Device::Null)] {
-                let (name, kernels) = (name.to_string(), default.clone());
-                devices.push(Ready { name, device, kernels, slow: true, failed: BTreeSet::new() });
-            }
-        }
-        let list: Vec<_> = kernels.iter().map(|(_, _, lowered)| lowered.kernel.clone()).collect();
-        let device = Device::cpu(level, &list)?;
-        devices.push(Ready {
-            name: level.name.clone(),
-            device,
-            kernels,
-            slow: false,
-            failed: BTreeSet::new(),
-        });
-    }
-    let refused = |error| WalkError::Case { case: case.name.clone(), error };
-    for &(tokens, past) in &case.steps {
-        for distribution in Distribution::ALL {
-            let feed = Feed { symbols: Case::symbols(tokens), past, distribution, seed: walk.seed };
-            let tensors = subject.tensors(&feed).map_err(refused)?;
-            for &group in &groups {
-                let mut expected = None;
-                for ready in &mut devices {
-                    if ready.slow && distribution != Distribution::ALL[0] {
-                        continue;
-                    }
-                    for (number, (of, schedule, lowered)) in ready.kernels.iter().enumerate() {
-                        if *of != group || ready.failed.contains(&number) {
+                for (device, level) in walk.levels.iter().enumerate() {
+                    let lowered = self.lower(&mut subject, group, &level.target, &mut rng);
+                    let lowered = match lowered {
+                        Err(LowerError::Unsupported { what, .. }) => {
+                            self.report.refused.insert(format!("{}: {what}", case.name));
                             continue;
                         }
-                        if expected.is_none() {
-                            let found = subject.expected(group, &feed.symbols, &tensors).map_err(refused)?;
-                            expected = Some(found);
+                        lowered => lowered?,
+                    };
+                    if let (0, true, Some((schedule, default))) = (device, walk.interpreters, lowered.first())
+                    {
+                        for device in [walk.levels.len(), walk.levels.len() + 1] {
+                            let (schedule, lowered) = (schedule.clone(), default.clone());
+                            tries.push(Try { group, schedule, lowered, device, number: 0, failed: false });
                         }
-                        let expected = expected.as_deref().expect("made above");
-                        let with = (&feed.symbols, &tensors);
-                        let judged =
-                            launch(&subject, group, (number, lowered), &mut ready.device, with, expected);
-                        let view = GroupView::new(&subject.graph, group);
-                        let dtype = subject.graph[view.roots[0]].ty.dtype;
-                        let row = (view.family(), dtype, ready.name.clone());
-                        let tally = report.rows.entry(row).or_default();
-                        tally.launches += 1;
-                        match judged {
-                            Ok((_, shares)) => {
-                                if shares.hard >= tally.shares.hard {
-                                    tally.worst = format!("{}, {}", case.name, distribution.name());
-                                }
-                                tally.shares = tally.shares.worst(shares);
-                            }
-                            Err(wrong) => {
-                                ready.failed.insert(number);
-                                let (case, schedule) = (case.name.clone(), schedule.clone());
-                                report.failures.push(failure(&view, case, schedule, &ready.name, feed, &wrong));
-                            }
-                        }
+                    }
+                    for (schedule, lowered) in lowered {
+                        let number = modules[device].len();
+                        modules[device].push(lowered.kernel.clone());
+                        tries.push(Try { group, schedule, lowered, device, number, failed: false });
+                    }
+                }
+            }
+            prepared.push(Prepared { case, subject, tries });
+        }
+        for (level, kernels) in walk.levels.iter().zip(&modules) {
+            if modules.iter().any(|kernels| !kernels.is_empty()) {
+                self.devices.push((level.name.clone(), Device::cpu(level, kernels)?));
+            }
+        }
+        self.devices.push(("interpreter".to_string(), Device::Interpreter));
+        self.devices.push(("null".to_string(), Device::Null));
+        Ok(prepared)
+    }
+
+    /// A group with its default schedule, and with as many others as asked for.
+    fn lower(
+        &self,
+        subject: &mut Subject,
+        group: GroupId,
+        target: &Target,
+        rng: &mut Rng,
+    ) -> Result<Vec<(String, Lowered)>, LowerError> {
+        let mut schedules = subject.schedules(group, target)?;
+        while self.walk.schedules.is_some_and(|most| schedules.len() > most.max(1)) {
+            schedules.remove(1 + rng.below(schedules.len() - 1));
+        }
+        let lower = |schedule: String| subject.lower(group, &schedule, target).map(|l| (schedule, l));
+        schedules.into_iter().map(lower).collect()
+    }
+
+    fn run(&mut self, prepared: Prepared<'_>) -> Result<(), WalkError> {
+        let Prepared { case, subject, mut tries } = prepared;
+        if tries.is_empty() {
+            return Ok(());
+        }
+        let refused = |error| WalkError::Case { case: case.name.clone(), error };
+        for &(tokens, past) in &case.steps {
+            for distribution in Distribution::ALL {
+                let feed = Feed { symbols: Case::symbols(tokens), past, distribution, seed: self.walk.seed };
+                let tensors = subject.tensors(&feed).map_err(refused)?;
+                for group in subject.groups() {
+                    let slow = self.walk.levels.len();
+                    let runs = |t: &&mut Try| {
+                        t.group == group
+                            && !t.failed
+                            && (t.device < slow || distribution == Distribution::ALL[0])
+                    };
+                    let mut of_group = tries.iter_mut().filter(runs).peekable();
+                    if of_group.peek().is_none() {
+                        continue;
+                    }
+                    let expected = subject.expected(group, &feed.symbols, &tensors).map_err(refused)?;
+                    for one in of_group {
+                        self.judge(case, &subject, one, &feed, &tensors, &expected);
                     }
                 }
             }
         }
+        Ok(())
     }
-    Ok(())
-}
 
-fn failure(
-    view: &GroupView<'_>,
-    case: String,
-    schedule: String,
-    device: &str,
-    feed: Feed,
-    wrong: &Wrong,
-) -> Failure {
-    let (family, group, device) = (view.family(), view.name().to_string(), device.to_string());
-    Failure { family, case, group, schedule, device, feed, why: wrong.to_string() }
+    fn judge(
+        &mut self,
+        case: &Case,
+        subject: &Subject,
+        one: &mut Try,
+        feed: &Feed,
+        tensors: &Tensors,
+        expected: &[Expected],
+    ) {
+        let (name, device) = &mut self.devices[one.device];
+        let kernel = (one.number, &one.lowered);
+        let judged = launch(subject, one.group, kernel, device, (&feed.symbols, tensors), expected);
+        let view = GroupView::new(&subject.graph, one.group);
+        let (family, dtype) = (view.family(), subject.graph[view.roots[0]].ty.dtype);
+        let tally = self.report.rows.entry((family, dtype, name.clone())).or_default();
+        tally.launches += 1;
+        match judged {
+            Ok((_, shares)) => {
+                if shares.hard >= tally.shares.hard {
+                    tally.worst = format!("{}, {}", case.name, feed.distribution.name());
+                }
+                tally.shares = tally.shares.worst(shares);
+            }
+            Err(wrong) => {
+                one.failed = true;
+                self.report.failures.push(Failure {
+                    family,
+                    case: case.name.clone(),
+                    group: view.name().to_string(),
+                    schedule: one.schedule.clone(),
+                    device: name.clone(),
+                    feed: *feed,
+                    why: wrong.to_string(),
+                });
+            }
+        }
+    }
 }
