@@ -2,6 +2,8 @@
 //!
 //! * Verbs: [`inspect`], [`run`], [`logits`], [`tokenize`], [`eval`], [`bench`], [`doctor`]; with the compiler [`plan`], [`diff`],
 //!   [`compile`], [`opt`], [`emit`].
+//! * Verbs: [`inspect`], [`run`], [`logits`], [`tokenize`], [`bench`], [`doctor`]; with the compiler [`plan`], [`compile`],
+//!   [`opt`], [`emit`], [`check`].
 //! * [`source`]: the MODEL argument to an artifact, compiled into the cache folder if it is none; [`prompt`]: text to
 //!   tokens; [`device`]: where to run.
 //! * [`error`]: every error with its exit code; [`screen`]: columns, units, JSON, notes; [`interrupt`]: Ctrl-C.
@@ -26,6 +28,8 @@ mod tokenize;
 
 #[cfg(feature = "compiler")]
 mod cache;
+#[cfg(feature = "compiler")]
+mod check;
 #[cfg(feature = "compiler")]
 mod compile;
 #[cfg(feature = "compiler")]
@@ -100,6 +104,9 @@ enum Verb {
     /// The text of any stage of a compilation
     #[cfg(feature = "compiler")]
     Emit(emit::Options),
+    /// Judge every kernel family on this machine: schedules, shapes, distributions
+    #[cfg(feature = "compiler")]
+    Check(check::Options),
     /// What is here, what is missing, and how to get it
     Doctor(doctor::Options),
     /// Shell completions
@@ -119,6 +126,9 @@ enum Verb {
     #[cfg(not(feature = "compiler"))]
     #[command(hide = true)]
     Emit(WithoutCompiler),
+    #[cfg(not(feature = "compiler"))]
+    #[command(hide = true)]
+    Check(WithoutCompiler),
 }
 
 /// Whatever is given to a verb that this program lacks.
@@ -167,6 +177,8 @@ fn dispatch(verb: Verb, screen: &Screen) -> Result<ExitCode, CliError> {
         Verb::Opt(options) => opt::opt(&options, screen),
         #[cfg(feature = "compiler")]
         Verb::Emit(options) => emit::emit(&options, screen),
+        #[cfg(feature = "compiler")]
+        Verb::Check(options) => check::check(&options, screen),
         #[cfg(not(feature = "compiler"))]
         Verb::Plan(_) => Err(CliError::NoCompiler { what: "plan".into() }),
         #[cfg(not(feature = "compiler"))]
@@ -177,6 +189,8 @@ fn dispatch(verb: Verb, screen: &Screen) -> Result<ExitCode, CliError> {
         Verb::Opt(_) => Err(CliError::NoCompiler { what: "opt".into() }),
         #[cfg(not(feature = "compiler"))]
         Verb::Emit(_) => Err(CliError::NoCompiler { what: "emit".into() }),
+        #[cfg(not(feature = "compiler"))]
+        Verb::Check(_) => Err(CliError::NoCompiler { what: "check".into() }),
     }
     .map(|()| ExitCode::SUCCESS)
 }

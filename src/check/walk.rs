@@ -28,8 +28,19 @@ pub struct Walk {
     pub seed: u64,
     /// CPU levels; the first is also the target of what is interpreted.
     pub levels: Vec<Level>,
-    /// Are kernels also interpreted and verified? With the default schedule and the first distribution: it is slow.
-    pub interpreters: bool,
+    /// What is done with kernels.
+    pub how: Vec<How>,
+}
+
+/// What is done with kernels.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum How {
+    /// Compiled and run on every level.
+    Cpu,
+    /// Interpreted: with the default schedule and the first distribution, for it is slow.
+    Interpreter,
+    /// Verified, with what is bound to them.
+    Null,
 }
 
 /// The levels that this machine runs, and the names of those that it does not.
@@ -201,12 +212,24 @@ impl Ctx<'_> {
                         }
                         lowered => lowered?,
                     };
-                    if let (0, true, Some((schedule, default))) = (device, walk.interpreters, lowered.first())
-                    {
-                        for device in [walk.levels.len(), walk.levels.len() + 1] {
-                            let (schedule, lowered) = (schedule.clone(), default.clone());
-                            tries.push(Try { group, schedule, lowered, device, number: 0, failed: false });
+                    if let (0, Some((schedule, default))) = (device, lowered.first()) {
+                        for (after, how) in [How::Interpreter, How::Null].into_iter().enumerate() {
+                            if walk.how.contains(&how) {
+                                let (schedule, lowered) = (schedule.clone(), default.clone());
+                                let device = walk.levels.len() + after;
+                                tries.push(Try {
+                                    group,
+                                    schedule,
+                                    lowered,
+                                    device,
+                                    number: 0,
+                                    failed: false,
+                                });
+                            }
                         }
+                    }
+                    if !walk.how.contains(&How::Cpu) {
+                        continue;
                     }
                     for (schedule, lowered) in lowered {
                         let number = modules[device].len();
@@ -218,9 +241,9 @@ impl Ctx<'_> {
             prepared.push(Prepared { case, subject, tries });
         }
         for (level, kernels) in walk.levels.iter().zip(&modules) {
-            if modules.iter().any(|kernels| !kernels.is_empty()) {
-                self.devices.push((level.name.clone(), Device::cpu(level, kernels)?));
-            }
+            // Where nothing is to be compiled, nothing will run.
+            let device = if kernels.is_empty() { Device::Null } else { Device::cpu(level, kernels)? };
+            self.devices.push((level.name.clone(), device));
         }
         self.devices.push(("interpreter".to_string(), Device::Interpreter));
         self.devices.push(("null".to_string(), Device::Null));

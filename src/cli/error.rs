@@ -18,6 +18,10 @@ use std::process::ExitCode;
 #[cfg(feature = "compiler")]
 use codegen::cpu::CodegenError;
 #[cfg(feature = "compiler")]
+use llamac::check::device::LoadError;
+#[cfg(feature = "compiler")]
+use llamac::check::walk::WalkError;
+#[cfg(feature = "compiler")]
 use llamac::compile::CompileError;
 
 /// Why the command ends, as a number for scripts.
@@ -159,6 +163,17 @@ pub enum CliError {
         /// The first token that differs.
         at: usize,
     },
+    /// Kernels that compute something else than they should.
+    #[cfg(feature = "compiler")]
+    #[error("{wrong} kernels are wrong")]
+    Wrong {
+        /// How many.
+        wrong: usize,
+    },
+    /// `check` could not go on.
+    #[cfg(feature = "compiler")]
+    #[error(transparent)]
+    Walk(#[from] WalkError),
     /// Stdout.
     #[error("stdout: cannot be written")]
     Output(#[from] io::Error),
@@ -184,6 +199,15 @@ impl CliError {
             CliError::Write(error) => write(error),
             CliError::Output(source) => write_failed(source),
             CliError::AboveCeiling { .. } | CliError::Unequal { .. } => Exit::Mismatch,
+            #[cfg(feature = "compiler")]
+            CliError::Wrong { .. } => Exit::Mismatch,
+            #[cfg(feature = "compiler")]
+            CliError::Walk(error) => match error {
+                WalkError::Load(LoadError::Codegen(error)) => codegen(error),
+                WalkError::Load(LoadError::Code(_)) => Exit::Device,
+                WalkError::Lower(_) | WalkError::Case { .. } => Exit::Bug,
+                WalkError::Interrupted => Exit::Interrupted,
+            },
         }
     }
 
@@ -249,6 +273,8 @@ impl CliError {
             CliError::Write(error) => write_facts(error),
             CliError::AboveCeiling { found, .. } => Facts::of(format!("{found:.1} %"), "at most 100 %"),
             CliError::Unequal { .. } | CliError::Output(_) => Facts::default(),
+            #[cfg(feature = "compiler")]
+            CliError::Wrong { .. } | CliError::Walk(_) => Facts::default(),
         }
     }
 }
@@ -271,19 +297,24 @@ fn model(error: &ModelError) -> Exit {
 fn compile(error: &CompileError) -> Exit {
     match error {
         CompileError::Read(_) | CompileError::Lower(_) => Exit::Model,
-        CompileError::Codegen(error) => match error {
-            CodegenError::UnknownTarget { .. }
-            | CodegenError::Native { .. }
-            | CodegenError::Unsupported { .. }
-            | CodegenError::NoLinker => Exit::Usage,
-            CodegenError::Llvm { .. } | CodegenError::Link { .. } => Exit::Bug,
-            CodegenError::Io(error) => write_failed(error),
-        },
+        CompileError::Codegen(error) => codegen(error),
         CompileError::Artifact(error) => artifact(error),
         CompileError::DType { .. } => Exit::Usage,
         CompileError::Context { .. } => Exit::Context,
         CompileError::Interrupted => Exit::Interrupted,
         CompileError::Keep(error) => write(error),
+    }
+}
+
+#[cfg(feature = "compiler")]
+fn codegen(error: &CodegenError) -> Exit {
+    match error {
+        CodegenError::UnknownTarget { .. }
+        | CodegenError::Native { .. }
+        | CodegenError::Unsupported { .. }
+        | CodegenError::NoLinker => Exit::Usage,
+        CodegenError::Llvm { .. } | CodegenError::Link { .. } => Exit::Bug,
+        CodegenError::Io(error) => write_failed(error),
     }
 }
 

@@ -1,13 +1,13 @@
 //! The op suite: the table of `llamac::check::cases` on every device.
 //!
-//! On this machine's own code every case with two schedules; interpreted and verified with the default one. The verb
+//! On this machine's own code every case with its default schedule; interpreted and verified too. The verb
 //! `check` walks the same table further.
 
 use crate::Checked;
 use ir::graph::Family;
 use libtest_mimic::Trial;
 use llamac::check::cases::cases;
-use llamac::check::walk::{Walk, walk};
+use llamac::check::walk::{How, Walk, walk};
 use std::ops::ControlFlow;
 
 /// One test a family.
@@ -20,7 +20,13 @@ pub fn trials() -> Vec<Trial> {
 
 fn ops(family: Family) -> Checked<()> {
     let levels = vec![codegen::cpu::level("cpu:native")?];
-    let plan = Walk { family: Some(family), schedules: Some(1), seed: 1, levels, interpreters: true };
+    let plan = Walk {
+        family: Some(family),
+        schedules: Some(1),
+        seed: 1,
+        levels,
+        how: vec![How::Cpu, How::Interpreter, How::Null],
+    };
     let report = walk(&plan, &cases(), &mut |_, _| ControlFlow::Continue(()))?;
     for ((family, dtype, device), tally) in &report.rows {
         println!(
