@@ -4,6 +4,7 @@
 //! * [`lower`]: kernels as LLVM IR, assembly, objects and PTX.
 //! * [`diff`]: the verbs `diff` and `plan --why`.
 //! * [`eval`]: the verb `eval` by the protocol of reference perplexities.
+//! * [`faults`]: faults planted in kernels and plans, and what catches them.
 //! * [`ops`]: every kernel family on the table of shapes and distributions, on every device.
 //! * [`random`]: random graphs, compiled and interpreted.
 //! * [`reference`]: real models against what PyTorch computes, on every device.
@@ -28,6 +29,7 @@ mod fuzz;
 #[expect(dead_code, reason = "the tests of `models` write more kinds of files")]
 mod gguf_file;
 mod lower;
+mod faults;
 mod ops;
 mod random;
 mod reference;
@@ -47,6 +49,7 @@ fn main() {
     trials.extend(fuzz::trials());
     trials.extend(diff::trials());
     trials.extend(eval::trials());
+    trials.extend(faults::trials());
     trials.extend(ops::trials());
     trials.extend(random::trials());
     trials.extend(reference::trials());
