@@ -246,6 +246,18 @@ pub enum Wrong {
     Result { value: String, mismatch: Mismatch },
 }
 
+impl Wrong {
+    /// How far beyond the bounds it is.
+    pub fn shares(&self) -> Shares {
+        let (hard, typical) = match self {
+            Wrong::Result { mismatch: Mismatch::Element { share, .. }, .. } => (*share, 0.0),
+            Wrong::Result { mismatch: Mismatch::Spread { share }, .. } => (0.0, *share),
+            Wrong::Result { mismatch: Mismatch::Type { .. }, .. } | Wrong::Launch(_) => (f64::INFINITY, 0.0),
+        };
+        Shares { hard, typical, ..Shares::default() }
+    }
+}
+
 /// Launches a group's kernel and judges what it stored: gives the results, if the device gives any, and their shares of
 /// the bounds.
 ///

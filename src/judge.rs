@@ -140,7 +140,7 @@ impl Expected {
     /// * hard, each element: `|y - e| <= u_out |e| + hard`;
     /// * statistical, all of them: `rms((y - e) / (u_out |e| + typical)) <= 1`.
     ///
-    /// Storing adds what [`near_zero`] says. What is infinite or NaN must be that; a number beyond the dtype's
+    /// Storing adds what is lost near zero (bf16: its subnormals). What is infinite or NaN must be that; a number beyond the dtype's
     /// largest may be infinite.
     ///
     /// # Errors

@@ -322,6 +322,9 @@ impl Ctx<'_> {
             }
             Err(wrong) => {
                 one.failed = true;
+                let shares = wrong.shares();
+                tally.worst = format!("{}, {}", case.name, feed.distribution.name());
+                tally.shares = tally.shares.worst(shares);
                 self.report.failures.push(Failure {
                     family,
                     case: case.name.clone(),

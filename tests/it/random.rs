@@ -23,7 +23,7 @@ use std::collections::BTreeMap;
 use std::rc::Rc;
 
 /// Random graphs a level.
-const CASES: [(&str, u32); 3] = [("cpu:native", 80), ("cpu:x86-64-v3", 40), ("cpu:x86-64-v4", 40)];
+const CASES: [(&str, u32); 3] = [("cpu:native", 160), ("cpu:x86-64-v3", 40), ("cpu:x86-64-v4", 40)];
 
 /// One test a level.
 pub fn trials() -> Vec<Trial> {
