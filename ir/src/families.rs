@@ -221,14 +221,14 @@ pub fn lower(view: &GroupView<'_>, target: &Target) -> Result<Lowered, LowerErro
     }
 }
 
-/// Memory has constant strides: of a tensor in it only the first extent may be symbolic.
+/// A row's length is part of a kernel, so of each tensor only the first extent may be a symbol.
 fn check_extents(view: &GroupView<'_>) -> Result<(), LowerError> {
     let operands = view.values.iter().flat_map(|&id| &view.graph[id].operands);
-    let read = operands.filter(|&&id| !view.has(id));
     let symbolic = |id: &&ValueId| view.graph[**id].ty.shape.iter().skip(1).any(|d| d.constant().is_none());
-    match read.chain(&view.roots).find(symbolic) {
+    match view.values.iter().chain(operands).find(symbolic) {
         Some(&id) => {
-            Err(view.unsupported(format!("a symbolic extent behind the first of %{}", view.graph[id].name)))
+            Err(view
+                .unsupported(format!("%{}: a symbolic extent behind the first axis", view.graph[id].name)))
         }
         None => Ok(()),
     }

@@ -24,12 +24,12 @@ mod command;
 mod damage;
 mod diff;
 mod eval;
+mod faults;
 mod fuzz;
 #[path = "../../models/tests/it/gguf_file.rs"]
 #[expect(dead_code, reason = "the tests of `models` write more kinds of files")]
 mod gguf_file;
 mod lower;
-mod faults;
 mod ops;
 mod random;
 mod reference;
