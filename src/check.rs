@@ -21,7 +21,7 @@ use ir::families::{self, Arg, GroupView, LowerError, Lowered};
 use ir::graph::{Graph, GroupId, TensorType, ValueId};
 use ir::interp::{InterpError, Rounding, Tensor, compute, interpret};
 use ir::op::Op;
-use ir::passes::{fuse, layout, simplify};
+use ir::passes::{fuse, layout, share, simplify};
 use ir::random::Rng;
 use ir::target::Target;
 use std::collections::HashMap;
@@ -118,7 +118,7 @@ impl Subject {
         simplify::simplify(&mut graph);
         fuse::fuse(&mut graph);
         layout::layout(&mut graph);
-        layout::share(&mut [&mut graph]);
+        share::share(&mut [&mut graph]);
         Subject { graph }
     }
 

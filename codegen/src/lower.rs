@@ -1,6 +1,6 @@
 //! Kernel IR to LLVM IR text.
 //!
-//! * A kernel is a function of its parameters' addresses, the context and the worker; [`entry`] writes the function that
+//! * A kernel is a function of its parameters' addresses, the context and the worker; `entry` writes the function that
 //!   calls the kernels of an entry point with a barrier after each.
 //! * Registers are stack slots that LLVM's `sroa` turns into registers: `unroll` is copied out here, so each slot has a
 //!   constant place.

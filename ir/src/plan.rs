@@ -3,7 +3,7 @@
 //! * [`Plan::buffers`] is a table of memory: weights (with where each of their bytes comes from), states, inputs, and
 //!   places in one arena. A launch names its arguments by index in that table; so do entry points their results.
 //! * [`Plan::entries`] are functions of the code object, each for a range of `T` and for what is wanted back.
-//! * [`print`] is its text form, [`parse`] reads that, [`verify`] says whether a plan from a file may be trusted.
+//! * [`mod@print`] is its text form, [`parse`] reads that, [`verify`] says whether a plan from a file may be trusted.
 
 pub mod parse;
 pub mod print;

@@ -6,7 +6,7 @@
 //!   name. A `weight` that nobody reads goes.
 //! * Never: merges the q/k/v or gate/up dots that share an input. Their weights stay tensors of their own; `fuse`
 //!   puts such dots into one group, whose packs lie side by side.
-//! * A rule is an equation in [`rewrite`], exact in every dtype that it allows. Missing because they are not
+//! * A rule is an equation in `rewrite`, exact in every dtype that it allows. Missing because they are not
 //!   exact: `x + 0` (-0), `x - x` and `x * 0` (NaN, infinities), `x * y / y`, sums in another order.
 //! * Ends, because each rule brings a value closer to what is bound. Cost: O(values + text of constants) a
 //!   round, few rounds. Tests: `tests/ir/simplify/`, and a proptest a rule.
