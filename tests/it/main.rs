@@ -7,6 +7,7 @@
 //! * [`faults`]: faults planted in kernels and plans, and what catches them.
 //! * [`ops`]: every kernel family on the table of shapes and distributions, on every device.
 //! * [`random`]: random graphs, compiled and interpreted.
+//! * [`readme`]: what the README says.
 //! * [`reference`]: real models against what PyTorch computes, on every device.
 //! * [`stages`]: every stage as text, and `opt` from one to the next.
 //! * [`cli`]: what CLI.md promises of the command, and [`bad`]: how it refuses bad input; both run it by [`command`].
@@ -32,6 +33,7 @@ mod gguf_file;
 mod lower;
 mod ops;
 mod random;
+mod readme;
 mod reference;
 mod skipped;
 mod stages;
@@ -52,6 +54,7 @@ fn main() {
     trials.extend(faults::trials());
     trials.extend(ops::trials());
     trials.extend(random::trials());
+    trials.extend(readme::trials());
     trials.extend(reference::trials());
     trials.extend(stages::trials());
     let conclusion = libtest_mimic::run(&args, trials);
