@@ -200,8 +200,8 @@ fn usage(error: &clap::Error) -> ExitCode {
     let json = std::env::args().any(|argument| argument == "--json");
     if json && error.use_stderr() {
         let text = error.to_string();
-        let first = text.lines().next().unwrap_or_default().trim_start_matches("error: ");
-        CliError::Usage(first.to_string()).report(true);
+        let what: Vec<&str> = text.lines().take_while(|line| !line.is_empty()).map(str::trim).collect();
+        CliError::Usage(what.join(" ").trim_start_matches("error: ").to_string()).report(true);
     } else {
         // Nobody is left to be told that stderr is closed.
         let _ = error.print();
