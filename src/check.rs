@@ -27,7 +27,7 @@ use ir::target::Target;
 use std::collections::HashMap;
 use std::rc::Rc;
 
-/// How inputs, weights and caches are drawn (TRUST.md, section 2).
+/// How inputs, weights and caches are drawn.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Distribution {
     /// Of mean 0 and variance 1.

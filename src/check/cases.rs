@@ -1,6 +1,6 @@
 //! The table: which graphs are tried, in which shapes and dtypes.
 //!
-//! Shapes are those of TRUST.md: 1, odd, one below and one above each tile edge (16 columns, 12 rows, 64 keys), and real
+//! Shapes: 1, odd, one below and one above each tile edge (16 columns, 12 rows, 64 keys), and real
 //! models' (stories260K, SmolLM2-135M). Random graphs bring prologues and epilogues that nobody thought of.
 
 use ir::DType;

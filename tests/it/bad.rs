@@ -1,4 +1,4 @@
-//! Bad input through the command: the exit code and message of TRUST.md, section 6, in text and in JSON; no panic; no file
+//! Bad input through the command: the exit code and the message, in text and in JSON; no panic; no file
 //! left behind.
 //!
 //! Models are the built-in one with one thing changed; artifacts are compiled from it. What readers say of each wrong

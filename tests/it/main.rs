@@ -10,7 +10,7 @@
 //! * [`readme`]: what the README says.
 //! * [`reference`]: real models against what PyTorch computes, on every device.
 //! * [`stages`]: every stage as text, and `opt` from one to the next.
-//! * [`cli`]: what CLI.md promises of the command, and [`bad`]: how it refuses bad input; both run it by [`command`].
+//! * [`cli`]: what the command gives to people and scripts, and [`bad`]: how it refuses bad input; both run it by [`command`].
 //! * [`fuzz`]: texts and artifacts damaged at random.
 //!
 //! A check that cannot run here says so and why; their number is the last line. Figures are printed as shares of a bound:
