@@ -149,9 +149,10 @@ fn llvm_name(feature: &str) -> &str {
     if feature == "bmi1" { "bmi" } else { feature }
 }
 
-/// The passes that put math functions where they are called, turn stack slots into registers and hoist addresses out of
-/// loops. The code generator does the rest: the loops are written as they shall be.
-const PASSES: &str = "always-inline,function(sroa,early-cse<memssa>,simplifycfg,instcombine<no-verify-fixpoint>,\
+/// The passes that turn stack slots into registers and hoist addresses out of loops. The code generator does the rest: the
+/// loops are written as they shall be. Math functions stay calls on a CPU: inlined, their constants are hoisted out of a
+/// product's epilogue into registers that its accumulators need (SwiGLU's product went from 91 % of peak to 65 %).
+pub(crate) const PASSES: &str = "function(sroa,early-cse<memssa>,simplifycfg,instcombine<no-verify-fixpoint>,\
 loop-simplify,lcssa,loop-mssa(licm),gvn,instcombine<no-verify-fixpoint>,simplifycfg)";
 
 /// Form of the code asked for.
@@ -172,7 +173,7 @@ pub fn compile(text: &str, level: &Level, form: Form) -> Result<Vec<u8>, Codegen
     let config = InitializationConfig::default();
     Target::initialize_x86(&config);
     Target::initialize_aarch64(&config);
-    emit(text, &level.triple, &level.cpu, &level.llvm_features, form)
+    emit(text, &level.triple, &level.cpu, &level.llvm_features, PASSES, form)
 }
 
 /// Optimises a module's text for a machine that was initialised, and makes an object or assembly of it.
@@ -181,6 +182,7 @@ pub(crate) fn emit(
     triple: &str,
     cpu: &str,
     features: &str,
+    passes: &str,
     form: Form,
 ) -> Result<Vec<u8>, CodegenError> {
     let llvm = |message: String| CodegenError::Llvm { message };
@@ -202,7 +204,7 @@ pub(crate) fn emit(
     module.set_triple(&triple);
     module.set_data_layout(&machine.get_target_data().get_data_layout());
     module.verify().map_err(|e| llvm(e.to_string()))?;
-    module.run_passes(PASSES, &machine, PassBuilderOptions::create()).map_err(|e| llvm(e.to_string()))?;
+    module.run_passes(passes, &machine, PassBuilderOptions::create()).map_err(|e| llvm(e.to_string()))?;
     let form = match form {
         Form::Object => FileType::Object,
         Form::Assembly => FileType::Assembly,

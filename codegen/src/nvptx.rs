@@ -4,7 +4,7 @@
 //! kernel's parameters are the addresses of its buffers, then its symbols as 64-bit integers, each in the order of its
 //! text. Products and attention need schedules of their own on a GPU and are refused here.
 
-use crate::cpu::{CodegenError, Form, emit};
+use crate::cpu::{CodegenError, Form, PASSES, emit};
 use crate::lower::{Features, Pause, ending, function};
 use inkwell::targets::{InitializationConfig, Target};
 use ir::graph::Family;
@@ -64,6 +64,8 @@ pub fn ptx(kernels: &[&Kernel]) -> Result<String, CodegenError> {
     }
     text += &ending(needs);
     Target::initialize_nvptx(&InitializationConfig::default());
-    let ptx = emit(&text, "nvptx64-nvidia-cuda", "sm_80", "+ptx74", Form::Assembly)?;
+    // A call would pass 16 lanes through parameter memory.
+    let passes = format!("always-inline,{PASSES}");
+    let ptx = emit(&text, "nvptx64-nvidia-cuda", "sm_80", "+ptx74", &passes, Form::Assembly)?;
     Ok(String::from_utf8_lossy(&ptx).trim_end_matches('\0').to_string())
 }

@@ -51,6 +51,7 @@ pub fn trials() -> Vec<Trial> {
         let name = format!("lower objects {level}");
         trials.push(Trial::test(name.clone(), move || Ok(objects(&name, level)?)));
     }
+    trials.push(Trial::test("lower products stay in registers", || Ok(products_in_registers()?)));
     for dtype in [DType::F32, DType::BF16] {
         let name = format!("lower ptx {dtype}");
         trials.push(Trial::test(name.clone(), move || Ok(models_in_ptx(&name, dtype)?)));
@@ -292,13 +293,36 @@ fn check_object(disassembly: &str, kernels: &[Kernel], level: &Level) -> Result<
         let symbol = symbol.trim_matches(['@', '"']);
         let (_, lines) = functions.iter().find(|f| f.0 == symbol).ok_or(format!("no function {symbol}"))?;
         let is_call = |line: &&&str| ["\tbl\t", "\tblr\t", "\tcall"].iter().any(|call| line.contains(call));
-        if let Some(call) = lines.iter().filter(is_call).find(|line| !line.contains("<barrier>")) {
+        let inside = |line: &&&str| line.contains("<barrier>") || line.contains("<m.");
+        if let Some(call) = lines.iter().filter(is_call).find(|line| !inside(line)) {
             return Err(format!("{symbol} calls: {}", call.trim()));
         }
         if let Some(multiply) = multiply(kernel, level)
             && !lines.iter().any(|line| line.contains(multiply))
         {
             return Err(format!("{symbol} has no {multiply}"));
+        }
+    }
+    Ok(())
+}
+
+/// In every product's innermost loop, of real models and whatever stands around it, no accumulator is on the stack.
+fn products_in_registers() -> Checked<()> {
+    let level = codegen::cpu::level("cpu:x86-64-v4")?;
+    for (name, dtype) in
+        [("builtin", DType::F32), ("preset:tinyllama-1.1b", DType::F32), ("preset:smollm2-135m", DType::F32)]
+    {
+        for kernel in model(name, dtype, &level.target)?.iter().filter(|k| k.family == Family::Dot) {
+            let code = kernels_of(&assembly(&module(std::slice::from_ref(kernel), &level), &level)?);
+            let multiply = multiply(kernel, &level).ok_or("a product multiplies")?;
+            let product = innermost_loop(&code, multiply).ok_or("a product is a loop")?;
+            if product.contains("%rsp") {
+                return Err(format!(
+                    "{name} {dtype}, @{}: on the stack in its loop:\n{product}",
+                    kernel.name
+                )
+                .into());
+            }
         }
     }
     Ok(())
