@@ -77,6 +77,7 @@ fn steps(c: &mut Criterion) {
         dtype: DType::BF16,
         context: checkpoint.config.context,
         targets: vec!["cpu:native".to_string()],
+        taps: false,
         keep: None,
     };
     compile::compile(&options, &file, &mut |_| ControlFlow::Continue(())).expect("it compiles");

@@ -34,6 +34,8 @@ pub struct Options<'a> {
     pub context: usize,
     /// Names of targets, each once.
     pub targets: Vec<String>,
+    /// Taps beside the entry points: see [`codegen::lower`].
+    pub taps: bool,
     /// Folder for each stage's text, one folder a target in it.
     pub keep: Option<&'a Path>,
 }
@@ -171,12 +173,12 @@ impl Code {
     }
 }
 
-/// Lowers a model for a target, up to LLVM IR text.
+/// Lowers a model for a target, up to LLVM IR text, with or without taps.
 ///
 /// # Errors
 ///
 /// An unknown target, or a group without a kernel.
-pub fn lower(request: &Request<'_>, target: &str) -> Result<Code, CompileError> {
+pub fn lower(request: &Request<'_>, target: &str, taps: bool) -> Result<Code, CompileError> {
     if !matches!(request.dtype, DType::F32 | DType::BF16) {
         return Err(CompileError::DType { found: request.dtype });
     }
@@ -186,7 +188,7 @@ pub fn lower(request: &Request<'_>, target: &str) -> Result<Code, CompileError> 
     }
     let level = codegen::cpu::level(target)?;
     let lowered = pipeline::lower(request, &level.target)?;
-    let llvm = codegen::lower::module(&lowered.plan, &lowered.kernels, level.features);
+    let llvm = codegen::lower::module(&lowered.plan, &lowered.kernels, level.features, taps);
     Ok(Code { level, lowered, llvm })
 }
 
@@ -206,7 +208,7 @@ pub fn compile(
     let mut codes = Vec::new();
     for target in &options.targets {
         check(progress(Progress::Code(target)))?;
-        let code = lower(&request, target)?;
+        let code = lower(&request, target, options.taps)?;
         add(&mut seconds.passes, &code.lowered.seconds);
         if let Some(folder) = options.keep {
             code.keep(&request, folder)?;
@@ -263,6 +265,7 @@ pub fn compile(
         context: options.context,
         weights: options.weights.is_some(),
         targets,
+        taps: options.taps,
         compiler: env!("CARGO_PKG_VERSION").to_string(),
         llvm: codegen::cpu::llvm_version(),
         bos: options.config.bos,

@@ -73,7 +73,7 @@ impl Alone {
         let params: Vec<&Buffer> = kernel.params().map(|(_, buffer)| buffer).collect();
         let sizes: Vec<usize> = params.iter().map(|b| buffer_bytes(b, &symbols)).collect();
         let plan = one_launch(&kernel.name, view, &sizes);
-        let llvm = codegen::lower::module(&plan, std::slice::from_ref(kernel), level.features);
+        let llvm = codegen::lower::module(&plan, std::slice::from_ref(kernel), level.features, false);
         let object = codegen::cpu::compile(&llvm, level, Form::Object)?;
         let object = codegen::link::link(&object)?;
         let code = Code::load(&object, [ENTRY], threads)?;

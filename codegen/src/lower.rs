@@ -1,7 +1,8 @@
 //! Kernel IR to LLVM IR text.
 //!
 //! * A kernel is a function of its parameters' addresses, the context and the worker; `entry` writes the function that
-//!   calls the kernels of an entry point with a barrier after each.
+//!   calls the kernels of an entry point with a barrier after each. *Taps* are functions beside it, one a launch, for who
+//!   wants to look between launches; a tap has no barrier at its end: whoever calls it meets there.
 //! * Registers are stack slots that LLVM's `sroa` turns into registers: `unroll` is copied out here, so each slot has a
 //!   constant place.
 //! * bf16 is `i16` in memory and in vectors, so that no target without the type is asked for it.
@@ -22,7 +23,7 @@
 use ir::dtype::DType;
 use ir::kernel::{Access, Arith, BufferId, Expr, Kernel, RegId, Space, Stmt, Type, VarId};
 use ir::op::{Compare, Reduction, Unary};
-use ir::plan::{Entry, Plan};
+use ir::plan::{Entry, Launch, Plan};
 use std::collections::{BTreeSet, HashMap};
 use std::fmt::Write;
 
@@ -55,8 +56,8 @@ pub enum Pause {
     Grid,
 }
 
-/// A whole module: math functions, barrier, kernels, entry points.
-pub fn module(plan: &Plan, kernels: &[Kernel], features: Features) -> String {
+/// A whole module: math functions, barrier, kernels, entry points, and their taps if they are wanted.
+pub fn module(plan: &Plan, kernels: &[Kernel], features: Features, taps: bool) -> String {
     let mut out = String::new();
     let mut needs = BTreeSet::new();
     for kernel in kernels {
@@ -64,6 +65,11 @@ pub fn module(plan: &Plan, kernels: &[Kernel], features: Features) -> String {
     }
     for entry_point in &plan.entries {
         out += &entry(kernels, entry_point);
+        for (number, launch) in entry_point.launches.iter().enumerate().filter(|_| taps) {
+            out += &begin(&entry_point.tap(number));
+            out += &call(kernels, number, launch);
+            out += END;
+        }
     }
     let mut head = String::from(BARRIER);
     head += match features.pause {
@@ -137,23 +143,36 @@ done:
 
 /// The function of an entry point: its launches, a barrier after each.
 fn entry(kernels: &[Kernel], entry: &Entry) -> String {
-    let mut out = format!("\ndefine void @\"{}\"(ptr %ctx, i64 %worker) #0 {{\n", entry.name);
-    out += "  %table = load ptr, ptr %ctx\n";
+    let mut out = begin(&entry.name);
     for (number, launch) in entry.launches.iter().enumerate() {
-        let mut args = String::new();
-        for (position, buffer) in launch.args.iter().enumerate() {
-            let name = format!("{number}.{position}");
-            let _ = writeln!(out, "  %p{name} = getelementptr ptr, ptr %table, i64 {buffer}");
-            let _ = writeln!(out, "  %b{name} = load ptr, ptr %p{name}");
-            let _ = write!(args, "ptr %b{name}, ");
-        }
+        out += &call(kernels, number, launch);
         let kernel = &kernels[launch.kernel];
-        let _ = writeln!(out, "  call void {}({args}ptr %ctx, i64 %worker)", symbol(&kernel.name));
         let after = kernel.body.iter().rev().take_while(|s| !matches!(s, Stmt::Barrier));
         let loops = after.filter(|s| matches!(s, Stmt::Parallel { .. })).count().min(LOOPS);
         let _ = writeln!(out, "  call void @barrier(ptr %ctx, i64 {loops})");
     }
-    out + "  ret void\n}\n"
+    out + END
+}
+
+/// The head of a function that the run time calls.
+fn begin(name: &str) -> String {
+    format!("\ndefine void @\"{name}\"(ptr %ctx, i64 %worker) #0 {{\n  %table = load ptr, ptr %ctx\n")
+}
+
+const END: &str = "  ret void\n}\n";
+
+/// One launch: its kernel with its buffers.
+fn call(kernels: &[Kernel], number: usize, launch: &Launch) -> String {
+    let (mut out, mut args) = (String::new(), String::new());
+    for (position, buffer) in launch.args.iter().enumerate() {
+        let name = format!("{number}.{position}");
+        let _ = writeln!(out, "  %p{name} = getelementptr ptr, ptr %table, i64 {buffer}");
+        let _ = writeln!(out, "  %b{name} = load ptr, ptr %p{name}");
+        let _ = write!(args, "ptr %b{name}, ");
+    }
+    let kernel = symbol(&kernels[launch.kernel].name);
+    let _ = writeln!(out, "  call void {kernel}({args}ptr %ctx, i64 %worker)");
+    out
 }
 
 /// One kernel's function. Math functions that it calls are added to `needs`.

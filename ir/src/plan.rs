@@ -277,6 +277,11 @@ impl Entry {
         sum
     }
 
+    /// The function of one launch alone, in code with taps.
+    pub fn tap(&self, launch: usize) -> String {
+        format!("{}.{launch}", self.name)
+    }
+
     /// Largest values of the symbols.
     pub fn max(&self) -> [i64; MAX_SYMBOLS] {
         self.symbols.max()

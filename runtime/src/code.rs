@@ -14,7 +14,10 @@ use ir::dim::MAX_SYMBOLS;
 use libloading::Library;
 use std::fs::File;
 use std::io::Write;
+use std::ops::Range;
 use std::os::fd::AsRawFd;
+use std::sync::OnceLock;
+use std::time::Instant;
 
 /// Version of what entry points are called with (`Context`, `EntryFn`); codegen's number must be the same.
 pub const ABI: u32 = 2;
@@ -104,14 +107,48 @@ impl Code {
     ///
     /// If there is no entry point of that number.
     pub unsafe fn run(&mut self, entry: usize, table: &[*mut u8], symbols: [i64; MAX_SYMBOLS]) {
-        let context = Context {
+        let context = self.context(table, symbols);
+        let shared = Shared { entry: self.entries[entry], context: &context };
+        self.pool.run(&|worker| shared.call(worker));
+    }
+
+    /// Runs a tap on all workers. Gives when each of them worked, in seconds since `origin`.
+    ///
+    /// # Safety
+    ///
+    /// Invariant 3 for `table`.
+    ///
+    /// # Panics
+    ///
+    /// If there is no tap of that number.
+    pub unsafe fn run_tap(
+        &mut self,
+        tap: usize,
+        table: &[*mut u8],
+        symbols: [i64; MAX_SYMBOLS],
+        origin: Instant,
+    ) -> Vec<Range<f64>> {
+        let context = self.context(table, symbols);
+        let shared = Shared { entry: self.entries[tap], context: &context };
+        let times = vec![OnceLock::new(); self.pool.workers()];
+        let now = || origin.elapsed().as_secs_f64();
+        self.pool.run(&|worker| {
+            let begin = now();
+            shared.call(worker);
+            times[worker].get_or_init(|| begin..now());
+        });
+        // The barrier at the end of a launch does this; a tap has none.
+        self.meeting[2..].fill(Line([0; 8]));
+        times.into_iter().map(|time| time.into_inner().expect("the pool calls every worker")).collect()
+    }
+
+    fn context(&mut self, table: &[*mut u8], symbols: [i64; MAX_SYMBOLS]) -> Context {
+        Context {
             buffers: table.as_ptr(),
             meeting: self.meeting.as_mut_ptr(),
             workers: self.pool.workers() as i64,
             symbols,
-        };
-        let shared = Shared { entry: self.entries[entry], context: &context };
-        self.pool.run(&|worker| shared.call(worker));
+        }
     }
 
     /// Runs an entry point on buffers of the caller's: for tests of single kernels.

@@ -12,10 +12,11 @@ use crate::device::{Device, DeviceError, Program, State, Step, StepOutputs, Want
 use crate::manifest::{Manifest, TargetCode, WEIGHTS};
 use crate::map::{FileBytes, OwnedBuf};
 use ir::dim::MAX_SYMBOLS;
-use ir::plan::{Give, Place, Plan};
+use ir::plan::{Entry, Give, Place, Plan};
 use std::collections::HashMap;
 use std::ops::Range;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::time::Instant;
 
 /// The CPU that runs this program.
 #[derive(Clone, Copy, Debug)]
@@ -26,7 +27,18 @@ pub struct Cpu {
 
 impl Device for Cpu {
     fn load(&mut self, artifact: &Artifact) -> Result<Box<dyn Program>, DeviceError> {
-        Ok(Box::new(CpuProgram::load(artifact, self.threads)?))
+        Ok(Box::new(self.open(artifact)?))
+    }
+}
+
+impl Cpu {
+    /// As [`Device::load`], for who wants what only the CPU's program can do.
+    ///
+    /// # Errors
+    ///
+    /// As [`Device::load`].
+    pub fn open(&self, artifact: &Artifact) -> Result<CpuProgram, DeviceError> {
+        CpuProgram::load(artifact, self.threads)
     }
 }
 
@@ -92,8 +104,10 @@ pub fn choose<'a>(file: &Path, manifest: &'a Manifest) -> Result<&'a TargetCode,
 pub struct CpuProgram {
     plan: Plan,
     context: usize,
-    /// Entry points by their number in the plan.
+    file: PathBuf,
+    /// Entry points by their number in the plan, then the taps of each, if there are any.
     code: Code,
+    taps: bool,
     arena: OwnedBuf,
     inputs: OwnedBuf,
     /// Each input's place in `inputs`, each state's in a state's memory.
@@ -108,7 +122,11 @@ impl CpuProgram {
         let target = choose(artifact.file(), &manifest)?;
         let plan = read_plan(artifact, target)?;
         let section = target.code_section();
-        let names = plan.entries.iter().map(|entry| entry.name.as_str());
+        let mut names: Vec<String> = plan.entries.iter().map(|entry| entry.name.clone()).collect();
+        for entry in plan.entries.iter().filter(|_| manifest.taps) {
+            names.extend((0..entry.launches.len()).map(|launch| entry.tap(launch)));
+        }
+        let names = names.iter().map(String::as_str);
         let code = Code::load(artifact.require(&section)?, names, threads)
             .map_err(|e| DeviceError::Launch { kernel: e.what, said: e.said })?;
         let mut offsets = HashMap::new();
@@ -125,7 +143,9 @@ impl CpuProgram {
         let weights = weights_of(artifact, &plan)?;
         Ok(CpuProgram {
             context: manifest.context,
+            file: artifact.file().to_path_buf(),
             code,
+            taps: manifest.taps,
             arena: OwnedBuf::zeroed(plan.arena_bytes, true)?,
             inputs: OwnedBuf::zeroed(inputs_bytes, false)?,
             offsets,
@@ -135,9 +155,88 @@ impl CpuProgram {
         })
     }
 
+    /// The plan that it runs.
+    pub fn plan(&self) -> &Plan {
+        &self.plan
+    }
+
+    /// As [`Program::run`], launch by launch: `after` is called after each, in their order. The result is the same to the
+    /// bit: the kernels are the same functions, called with the same buffers.
+    ///
+    /// # Errors
+    ///
+    /// As [`Program::run`]; [`DeviceError::NoTaps`] if the artifact was compiled without.
+    pub fn run_tapped(
+        &mut self,
+        step: &Step<'_>,
+        state: &mut State,
+        after: &mut dyn FnMut(Tap<'_>),
+    ) -> Result<StepOutputs, DeviceError> {
+        if !self.taps {
+            return Err(DeviceError::NoTaps { file: self.file.clone() });
+        }
+        let (number, symbols) = self.begin(step, state)?;
+        let before: usize = self.plan.entries[..number].iter().map(|entry| entry.launches.len()).sum();
+        let first = self.plan.entries.len() + before;
+        let cache = state.inner_mut::<OwnedBuf>()?;
+        let origin = Instant::now();
+        for launch in 0..self.plan.entries[number].launches.len() {
+            // Anew: what `after` read of the memory ended the table's right to write it.
+            let table = self.table(cache);
+            // SAFETY: invariants 1 and 2.
+            let workers = unsafe { self.code.run_tap(first + launch, &table, symbols, origin) };
+            after(Tap { entry: &self.plan.entries[number], launch, workers: &workers, program: self, cache });
+        }
+        state.advance(step.tokens.len());
+        Ok(self.outputs(step, number))
+    }
+
+    /// Checks a step and writes its inputs. Gives the number of its entry point, and the values of the symbols.
+    fn begin(
+        &mut self,
+        step: &Step<'_>,
+        state: &mut State,
+    ) -> Result<(usize, [i64; MAX_SYMBOLS]), DeviceError> {
+        step.check(self, state)?;
+        let (tokens, past) = (step.tokens, state.past());
+        let number = self.plan.entry_number(tokens.len(), give(step.want));
+        let number = number.expect("a step no longer than max_tokens has an entry point");
+        if state.inner_mut::<OwnedBuf>()?.len() != self.state_bytes {
+            return Err(DeviceError::ForeignState); // Another program's: invariant 2 would not hold.
+        }
+        let inputs = [self.plan.entries[number].tokens, self.plan.entries[number].positions];
+        self.write_input(inputs[0], tokens.iter().copied());
+        self.write_input(inputs[1], (past..past + tokens.len()).map(|p| p as i32));
+        let mut symbols = [0; MAX_SYMBOLS];
+        (symbols[0], symbols[1]) = (tokens.len() as i64, past as i64);
+        Ok((number, symbols))
+    }
+
+    /// What an entry point has left in the arena.
+    fn outputs(&self, step: &Step<'_>, number: usize) -> StepOutputs {
+        let Entry { logits, token, .. } = self.plan.entries[number];
+        let row = 4 * self.plan.vocab;
+        let rows = match step.want {
+            Want::Nothing | Want::Token => 0,
+            Want::Logits => 1,
+            Want::AllLogits => step.tokens.len(),
+        };
+        let logits = logits.map_or(&[][..], |b| self.arena_bytes(b, rows * row));
+        let logits = logits.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect();
+        let token = token.filter(|_| step.want == Want::Token).map(|b| {
+            let bytes = self.arena_bytes(b, 4);
+            i32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]])
+        });
+        StepOutputs { token, logits }
+    }
+
+    fn weights(&self) -> Option<&[u8]> {
+        self.weights.as_ref().map(|(bytes, range)| &(**bytes).as_ref()[range.clone()])
+    }
+
     /// Addresses of the plan's buffers, for one step.
     fn table(&mut self, state: &mut OwnedBuf) -> Vec<*mut u8> {
-        let weights = self.weights.as_ref().map(|(bytes, range)| (**bytes).as_ref()[range.clone()].as_ptr());
+        let weights = self.weights().map(<[u8]>::as_ptr);
         let (arena, inputs, state) = (self.arena.as_mut_ptr(), self.inputs.as_mut_ptr(), state.as_mut_ptr());
         let place = |(number, buffer): (usize, &ir::plan::PlanBuffer)| match buffer.place {
             Place::Weight { offset, .. } => {
@@ -186,38 +285,55 @@ impl Program for CpuProgram {
     }
 
     fn run(&mut self, step: &Step<'_>, state: &mut State) -> Result<StepOutputs, DeviceError> {
-        step.check(self, state)?;
-        let (tokens, past) = (step.tokens, state.past());
-        let number = self.plan.entry_number(tokens.len(), give(step.want));
-        let number = number.expect("a step no longer than max_tokens has an entry point");
-        let entry = &self.plan.entries[number];
-        let (logits, token, inputs) = (entry.logits, entry.token, [entry.tokens, entry.positions]);
-        self.write_input(inputs[0], tokens.iter().copied());
-        self.write_input(inputs[1], (past..past + tokens.len()).map(|p| p as i32));
-        let cache = state.inner_mut::<OwnedBuf>()?;
-        if cache.len() != self.state_bytes {
-            return Err(DeviceError::ForeignState); // Another program's: invariant 2 would not hold.
-        }
-        let table = self.table(cache);
-        let mut symbols = [0; MAX_SYMBOLS];
-        (symbols[0], symbols[1]) = (tokens.len() as i64, past as i64);
+        let (number, symbols) = self.begin(step, state)?;
+        let table = self.table(state.inner_mut::<OwnedBuf>()?);
         // SAFETY: invariants 1 and 2.
         unsafe { self.code.run(number, &table, symbols) };
-        state.advance(tokens.len());
+        state.advance(step.tokens.len());
+        Ok(self.outputs(step, number))
+    }
+}
 
-        let row = 4 * self.plan.vocab;
-        let rows = match step.want {
-            Want::Nothing | Want::Token => 0,
-            Want::Logits => 1,
-            Want::AllLogits => tokens.len(),
+/// A launch that was just run.
+#[derive(Clone, Copy)]
+pub struct Tap<'a> {
+    /// The entry point.
+    pub entry: &'a Entry,
+    /// Number of the launch in it.
+    pub launch: usize,
+    /// When each worker worked, in seconds since the step began.
+    pub workers: &'a [Range<f64>],
+    program: &'a CpuProgram,
+    cache: &'a OwnedBuf,
+}
+
+impl<'a> Tap<'a> {
+    /// From when the first worker began until the last was done.
+    pub fn span(&self) -> Range<f64> {
+        let begin = self.workers.iter().map(|w| w.start).fold(f64::INFINITY, f64::min);
+        begin..self.workers.iter().map(|w| w.end).fold(begin, f64::max)
+    }
+
+    /// Seconds that the launch took.
+    pub fn seconds(&self) -> f64 {
+        self.span().end - self.span().start
+    }
+
+    /// What a buffer holds now, by its number in the plan. Other launches may have used an arena buffer's place since.
+    ///
+    /// # Panics
+    ///
+    /// If the plan has no such buffer.
+    pub fn bytes(&self, buffer: usize) -> &'a [u8] {
+        let program = self.program;
+        let bytes = program.plan.buffers[buffer].bytes;
+        let (memory, at): (&[u8], usize) = match program.plan.buffers[buffer].place {
+            Place::Weight { offset, .. } => (program.weights().unwrap_or_default(), offset),
+            Place::Arena { offset } => (&program.arena, offset),
+            Place::State => (self.cache, program.offsets[&buffer]),
+            Place::Input => (&program.inputs, program.offsets[&buffer]),
         };
-        let logits = logits.map_or(&[][..], |b| self.arena_bytes(b, rows * row));
-        let logits = logits.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect();
-        let token = token.filter(|_| step.want == Want::Token).map(|b| {
-            let bytes = self.arena_bytes(b, 4);
-            i32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]])
-        });
-        Ok(StepOutputs { token, logits })
+        &memory[at..at + bytes]
     }
 }
 

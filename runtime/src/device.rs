@@ -184,6 +184,9 @@ pub enum DeviceError {
     /// A section of the artifact is not what it should be.
     #[error("{file}: section `{section}`: {said}", file = .file.display())]
     BadPlan { file: std::path::PathBuf, section: String, said: String },
+    /// Code that can be run whole, but not launch by launch.
+    #[error("{file}: has no taps; `compile --taps` makes code that has", file = .file.display())]
+    NoTaps { file: std::path::PathBuf },
     /// A launch was refused or failed; `said` is what the driver said.
     #[error("launch of {kernel} failed: {said}")]
     Launch { kernel: String, said: String },

@@ -17,6 +17,9 @@ pub struct Manifest {
     pub weights: bool,
     /// Code, one for each target: best first.
     pub targets: Vec<TargetCode>,
+    /// Has the code a function for each launch, beside the entry points?
+    #[serde(default)]
+    pub taps: bool,
     /// Version of llamac.
     pub compiler: String,
     /// Version of LLVM.

@@ -33,7 +33,7 @@ pub fn place(argument: &str, model: &Model, build: &BuildOptions) -> Result<Path
         }
         Model::Preset(_) | Model::Artifact(_) => add(argument),
     }
-    add(&format!("{:?} {:?}", build.random_weights, build.dtype(model)));
+    add(&format!("{:?} {:?} {}", build.random_weights, build.dtype(model), build.taps));
     add(&build.context(model.config()?.context).to_string());
     let level = codegen::cpu::level("cpu:native").map_err(llamac::compile::CompileError::from)?;
     add(&format!("{} {}", level.cpu, level.llvm_features));

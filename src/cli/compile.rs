@@ -38,6 +38,9 @@ pub struct Options {
     /// Code and plan alone: for looking and timing, not for running
     #[arg(long)]
     no_weights: bool,
+    /// Functions for single launches beside the entry points, for `profile` and `compare`; the entry points stay as they are
+    #[arg(long)]
+    taps: bool,
     /// Keep each stage's text in this folder
     #[arg(long, value_name = "DIR")]
     keep: Option<PathBuf>,
@@ -56,6 +59,7 @@ pub fn compile(options: &Options, screen: &Screen) -> Result<(), CliError> {
         build: &options.build,
         targets: options.targets.clone(),
         weights: !options.no_weights,
+        taps: options.taps,
         keep: options.keep.as_deref(),
     };
     let seconds = to_file(&request, &options.output, screen)?;
@@ -99,13 +103,15 @@ pub struct Request<'a> {
     pub targets: Vec<String>,
     /// With weights?
     pub weights: bool,
+    /// With taps?
+    pub taps: bool,
     /// Folder for texts.
     pub keep: Option<&'a Path>,
 }
 
 /// Compiles to a file, with a progress bar; Ctrl-C leaves no file.
 pub fn to_file(request: &Request<'_>, file: &Path, screen: &Screen) -> Result<Seconds, CliError> {
-    let Request { argument, model, build, targets, weights, keep } = request;
+    let Request { argument, model, build, targets, weights, taps, keep } = request;
     let config = model.config()?;
     let source = match (model, build.random_weights) {
         (Model::Artifact(_), _) => {
@@ -129,6 +135,7 @@ pub fn to_file(request: &Request<'_>, file: &Path, screen: &Screen) -> Result<Se
         dtype: build.dtype(model),
         context: build.context(config.context),
         targets: targets.clone(),
+        taps: *taps,
         keep: *keep,
     };
     // Hidden where stderr is no terminal.

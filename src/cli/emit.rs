@@ -106,7 +106,7 @@ fn one_stage(
     request: &Request<'_>,
     target: &str,
 ) -> Result<String, CliError> {
-    let code = lower(request, target)?;
+    let code = lower(request, target, false)?;
     match (&options.kernel, &options.entry) {
         (Some(kernel), _) => one_kernel(&code, request, stage, kernel),
         (None, Some(entry)) => one_entry(&code, request, stage, entry),

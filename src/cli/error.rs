@@ -346,7 +346,9 @@ fn device(error: &DeviceError) -> Exit {
         DeviceError::ContextFull { .. } | DeviceError::StepTooLong { .. } => Exit::Context,
         DeviceError::EmptyStep | DeviceError::BadToken { .. } => Exit::Usage,
         DeviceError::ForeignState | DeviceError::BadOutputs { .. } => Exit::Bug,
-        DeviceError::MissingFeature { .. } | DeviceError::BadPlan { .. } => Exit::Artifact,
+        DeviceError::MissingFeature { .. } | DeviceError::BadPlan { .. } | DeviceError::NoTaps { .. } => {
+            Exit::Artifact
+        }
         DeviceError::OutOfMemory { .. } => Exit::Room,
         DeviceError::Artifact(error) => artifact(error),
         DeviceError::Launch { .. } | DeviceError::Driver { .. } => Exit::Device,
@@ -498,7 +500,7 @@ fn device_facts(error: &DeviceError) -> Facts {
         E::MissingFeature { file, needs, has } => Facts::of(has, needs).file(file),
         E::OutOfMemory { needed, available } => Facts::of(available, needed),
         E::Artifact(error) => artifact_facts(error),
-        E::BadPlan { file, .. } => Facts::default().file(file),
+        E::BadPlan { file, .. } | E::NoTaps { file } => Facts::default().file(file),
     }
 }
 

@@ -157,7 +157,7 @@ impl Lowering {
 pub fn plan(options: &Options, screen: &Screen) -> Result<(), CliError> {
     let model = Model::open(&options.model)?;
     let lowering = Lowering::of(&model, &options.build, options.target.as_deref())?;
-    let code = lower(&lowering.request(), &lowering.target)?;
+    let code = lower(&lowering.request(), &lowering.target, false)?;
     let plan = &code.lowered.plan;
     let samples = options.ceilings.samples(lowering.dtype, plan.weight_bytes())?;
     let predicted = Predicted::new(plan, &samples);

@@ -22,6 +22,9 @@ pub struct BuildOptions {
     /// Random weights from this seed, for shapes without weights
     #[arg(long, value_name = "SEED")]
     pub random_weights: Option<u64>,
+    /// Verbs that look between launches set it.
+    #[arg(skip)]
+    pub taps: bool,
 }
 
 /// Most positions unless more are asked for: the KV cache of long contexts takes more memory than many models do.
@@ -105,6 +108,9 @@ fn check(argument: &str, build: &BuildOptions, artifact: &Artifact) -> Result<()
         let cure = "it was compiled with --no-weights; compile it again without that";
         return Err(CliError::NoWeights { model: argument.to_string(), cure });
     }
+    if build.taps && !manifest.taps {
+        return Err(DeviceError::NoTaps { file: artifact.file().to_path_buf() }.into());
+    }
     let compiled = &manifest.dtype;
     if let Some(dtype) = build.dtype.filter(|dtype| dtype.name() != compiled) {
         return Err(CliError::Usage(format!("--dtype {dtype}: {argument} was compiled as {compiled}")));
@@ -157,6 +163,7 @@ fn compiled(
         build,
         targets: vec!["cpu:native".to_string()],
         weights: true,
+        taps: build.taps,
         keep: None,
     };
     compile::to_file(&options, &file, screen)?;

@@ -57,7 +57,7 @@ fn stage(stage: Stage) -> (String, Target) {
     let checkpoint =
         models::Checkpoint::open(Path::new("m.gguf"), &|_| Ok(file.clone())).expect("a right file");
     let request = Request { config: &checkpoint.config, dtype: DType::F32, context: 64 };
-    let code = lower(&request, "cpu:x86-64-v3").expect("a known target");
+    let code = lower(&request, "cpu:x86-64-v3", false).expect("a known target");
     (code.text(&request, stage).expect("no LLVM is asked"), code.level.target)
 }
 
@@ -159,6 +159,7 @@ fn artifacts() -> Result<(), Failed> {
         dtype: DType::BF16,
         context: 64,
         targets: vec!["cpu:x86-64-v3".to_string()],
+        taps: false,
         keep: None,
     };
     llamac::compile::compile(&options, &right, &mut |_| std::ops::ControlFlow::Continue(()))?;

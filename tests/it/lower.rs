@@ -213,7 +213,7 @@ fn module(kernels: &[Kernel], level: &Level) -> String {
     let (name, symbols, give) = ("all".to_string(), Default::default(), Give::Nothing);
     let entry = Entry { name, symbols, give, tokens: 0, positions: 0, logits: None, token: None, launches };
     plan.entries.push(entry);
-    codegen::lower::module(&plan, kernels, level.features)
+    codegen::lower::module(&plan, kernels, level.features, false)
 }
 
 fn assembly(module: &str, level: &Level) -> Checked<String> {

@@ -11,6 +11,8 @@
 //! * [`reference`]: real models against what PyTorch computes, on every device.
 //! * [`stages`]: every stage as text, and `opt` from one to the next.
 //! * [`cli`]: what the command gives to people and scripts, and [`bad`]: how it refuses bad input; both run it by [`command`].
+//! * [`cli`]: what CLI.md promises of the command, and [`bad`]: how it refuses bad input; both run it by [`command`].
+//! * [`profile`]: steps launch by launch, and what is told of them.
 //! * [`fuzz`]: texts and artifacts damaged at random.
 //!
 //! A check that cannot run here says so and why; their number is the last line. Figures are printed as shares of a bound:
@@ -34,6 +36,7 @@ mod lower;
 mod ops;
 mod random;
 mod readme;
+mod profile;
 mod reference;
 mod skipped;
 mod stages;
@@ -55,6 +58,7 @@ fn main() {
     trials.extend(ops::trials());
     trials.extend(random::trials());
     trials.extend(readme::trials());
+    trials.extend(profile::trials());
     trials.extend(reference::trials());
     trials.extend(stages::trials());
     let conclusion = libtest_mimic::run(&args, trials);

@@ -232,6 +232,7 @@ pub fn compile_model(file: &Path, out: &Path, dtype: DType, level: &str) -> Chec
         dtype,
         context: checkpoint.config.context.min(CONTEXT),
         targets: vec![level.to_string()],
+        taps: false,
         keep: None,
     };
     compile::compile(&options, out, &mut |_| ControlFlow::Continue(()))?;
