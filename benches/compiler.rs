@@ -33,7 +33,7 @@ fn stages(c: &mut Criterion) {
         c.bench_function(&format!("passes {name}"), |b| b.iter(|| lower(&request(&config), &level.target)));
     }
     let config = preset("llama-7b");
-    let code = compile::lower(&request(&config), TARGET).expect("the preset compiles");
+    let code = compile::lower(&request(&config), TARGET, false).expect("the preset compiles");
     let mut slow = c.benchmark_group("codegen");
     slow.sample_size(10);
     slow.bench_function("llama-7b", |b| {
