@@ -4,6 +4,8 @@
 //!   [`compile`], [`opt`], [`emit`].
 //! * Verbs: [`inspect`], [`run`], [`logits`], [`tokenize`], [`bench`], [`doctor`]; with the compiler [`plan`], [`compile`],
 //!   [`opt`], [`emit`], [`check`].
+//! * Verbs: [`inspect`], [`run`], [`logits`], [`tokenize`], [`bench`], [`profile`], [`doctor`]; with the compiler [`plan`],
+//!   [`compile`], [`opt`], [`emit`].
 //! * [`source`]: the MODEL argument to an artifact, compiled into the cache folder if it is none; [`prompt`]: text to
 //!   tokens; [`device`]: where to run.
 //! * [`error`]: every error with its exit code; [`screen`]: columns, units, JSON, notes; [`interrupt`]: Ctrl-C.
@@ -20,6 +22,7 @@ mod eval;
 mod inspect;
 mod interrupt;
 mod logits;
+mod profile;
 mod prompt;
 mod run;
 mod screen;
@@ -98,6 +101,8 @@ enum Verb {
     Eval(eval::Options),
     /// Tokens a second, beside the ceilings of this machine
     Bench(bench::Options),
+    /// Time, bytes, FLOPs and share of the limit of each kernel of a step
+    Profile(profile::Options),
     /// Run passes on IR text
     #[cfg(feature = "compiler")]
     Opt(opt::Options),
@@ -165,6 +170,7 @@ fn dispatch(verb: Verb, screen: &Screen) -> Result<ExitCode, CliError> {
         Verb::Tokenize(options) => tokenize::tokenize(&options, screen),
         Verb::Eval(options) => eval::eval(&options, screen),
         Verb::Bench(options) => bench::bench(&options, screen),
+        Verb::Profile(options) => profile::profile(&options, screen),
         Verb::Doctor(options) => doctor::doctor(&options, screen),
         Verb::Completions(options) => completions::completions(&options, &mut Cli::command()),
         #[cfg(feature = "compiler")]

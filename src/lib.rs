@@ -6,6 +6,7 @@
 //! * [`predict`]: what a plan's steps cost, and how long they take at least.
 //! * [`diff`]: what differs between two plans, kernel by kernel.
 //! * [`eval`]: how well a model predicts text, over any device.
+//! * [`profile`]: the time of each kernel of a step.
 //! * [`judge`]: what counts as right; the only place with tolerances.
 //! * [`measure`] (feature `compiler`): the time of one kernel alone.
 //! * [`check`] (feature `compiler`): kernels judged one by one.
@@ -23,4 +24,5 @@ pub mod measure;
 pub mod model;
 pub mod pipeline;
 pub mod predict;
+pub mod profile;
 pub mod weights;

@@ -7,7 +7,7 @@ use ir::plan::{Cost, Entry, Give, Launch, Place, Plan};
 use serde::{Serialize, Serializer};
 
 /// What a machine can do at most.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct Ceilings {
     /// Bytes that it can read in a second.
     pub read_bytes_per_s: f64,

@@ -41,7 +41,7 @@ pub fn trials() -> Vec<Trial> {
     tests.into_iter().map(trial).collect()
 }
 
-const VERBS: [&str; 11] = [
+const VERBS: [&str; 12] = [
     "inspect",
     "plan",
     "compile",
@@ -49,6 +49,7 @@ const VERBS: [&str; 11] = [
     "logits",
     "tokenize",
     "bench",
+    "profile",
     "opt",
     "emit",
     "doctor",

@@ -1,21 +1,31 @@
-//! Taps: a step launch by launch gives what it gives at once.
+//! Taps: a step launch by launch gives what it gives at once. And what `profile` tells of its launches, but for the times.
 
 use crate::Checked;
+use crate::command::Place as Folder;
 use ir::DType;
 use ir::plan::Place;
 use libtest_mimic::Trial;
 use llamac::compile::{Options, compile};
 use llamac::model::Model;
+use llamac::predict;
 use llamac::weights::Source;
 use runtime::artifact::Artifact;
 use runtime::cpu::{Cpu, CpuProgram};
 use runtime::device::{Device, DeviceError, Program, Step, Want};
 use runtime::manifest::WEIGHTS;
+use serde_json::Value;
 use std::ops::ControlFlow;
 use std::path::Path;
 
 pub fn trials() -> Vec<Trial> {
-    vec![Trial::test("profile taps", || Ok(taps()?))]
+    vec![
+        Trial::test("profile taps", || Ok(taps()?)),
+        Trial::test("profile tells", || Ok(tells()?)),
+        Trial::test("profile refuses", || {
+            refuses();
+            Ok(())
+        }),
+    ]
 }
 
 fn builtin(file: &Path, dtype: DType, taps: bool) -> Checked<Artifact> {
@@ -99,4 +109,112 @@ fn run_tapped(
     assert!(found.logits.iter().zip(&last).all(|(a, b)| a.to_bits() == b.to_bits()));
     assert!(found.logits.len() <= last.len());
     Ok(found)
+}
+
+const PROMPT: usize = 9;
+const NEW: usize = 4;
+const THREADS: usize = 2;
+
+/// JSON, table, trace and page agree with the plan and with each other.
+fn tells() -> Checked<()> {
+    let folder = Folder::new();
+    let artifact = builtin(&folder.path("a.llamac"), DType::BF16, true)?;
+    let command = format!("profile a.llamac -p {PROMPT} -n {NEW} -r 2 --threads {THREADS}");
+    let found = folder.ok(&format!("{command} --json --trace trace.json --html page.html")).json();
+    let manifest = artifact.manifest()?;
+    let plan = runtime::cpu::read_plan(&artifact, runtime::cpu::choose(artifact.file(), &manifest)?)?;
+    let prompt = predict::prompt(&plan, PROMPT);
+    let [prefill] = prompt[..] else { return Err("the prompt is one step".into()) };
+
+    let number = |value: &Value| value.as_f64().unwrap_or_else(|| panic!("{value} is no number"));
+    let text = |value: &Value| value.as_str().unwrap_or_else(|| panic!("{value} is no text")).to_string();
+    let list = |value: &Value| value.as_array().unwrap_or_else(|| panic!("{value} is no list")).clone();
+    let table = folder.ok(&command).out;
+    let page = String::from_utf8(folder.read("page.html"))?;
+    let (mut circles, mut lines) = (0, 0);
+    for (name, steps, tokens) in [("prefill", 2, PROMPT), ("decode", 2 * NEW, 1)] {
+        let phase = &found[name];
+        let past = number(&phase["past"]) as usize;
+        let decode = predict::decode(&plan, past).ok_or("a decode step")?;
+        let step = if name == "decode" { decode } else { prefill };
+        assert_eq!((number(&phase["steps"]), number(&phase["tokens"])), (steps as f64, tokens as f64));
+        assert!((PROMPT..PROMPT + NEW).contains(&past) || (name == "prefill" && past == 0), "{past}");
+        for field in ["seconds", "tapped_seconds", "kernel_seconds", "sum_share"] {
+            assert!(number(&phase[field]) > 0.0, "{field}");
+        }
+        assert!(number(&phase["ceilings"]["read_bytes_per_s"]) > 0.0);
+
+        let kernels = list(&phase["kernels"]);
+        let sum = |field: &str| kernels.iter().map(|kernel| number(&kernel[field])).sum::<f64>() as u64;
+        let cost = predict::step_cost(&plan, &step);
+        assert_eq!(sum("launches"), step.entry.launches.len() as u64, "{name}");
+        assert_eq!((sum("bytes"), sum("flops")), (cost.bytes, cost.flops), "{name}");
+        assert!(kernels.is_sorted_by(|a, b| number(&a["seconds"]) >= number(&b["seconds"])));
+        for kernel in &kernels {
+            let of = plan.kernels.iter().find(|k| k.name == kernel["name"]).ok_or("a kernel of the plan")?;
+            assert_eq!(
+                (text(&kernel["family"]), text(&kernel["schedule"])),
+                (of.family.name().into(), of.schedule.clone())
+            );
+            assert!(
+                (0.0..=1.0).contains(&number(&kernel["share"])) && number(&kernel["share_of_limit"]) > 0.0
+            );
+            assert!((0.0..=1.0).contains(&number(&kernel["busy"])), "{kernel}");
+            assert!(["memory", "compute"].contains(&text(&kernel["limit"]).as_str()));
+            assert!(table.contains(&of.name) && page.contains(&of.name), "{}", of.name);
+            circles += usize::from(number(&kernel["flops"]) > 0.0);
+        }
+        lines += kernels.len();
+    }
+    assert!(table.matches("The kernels take ").count() == 2 && table.contains("of limit"), "{table}");
+    assert_eq!(page.matches("<circle ").count(), circles);
+    assert_eq!(page.matches("<tr title=").count(), lines);
+    // Self-contained: nothing is fetched.
+    assert!(["http", "src=", "href=", "url(", "@import", "NaN", "inf"].iter().all(|no| !page.contains(no)));
+
+    let trace: Value = serde_json::from_slice(&folder.read("trace.json"))?;
+    let events = list(&trace["traceEvents"]);
+    let lane = |wanted: usize| {
+        let of_lane = events.iter().filter(|e| e["ph"] == "X" && e["tid"] == wanted);
+        let nanos = |value: &Value| (1e3 * number(value)).round() as u64;
+        let spans: Vec<[u64; 2]> =
+            of_lane.map(|e| [nanos(&e["ts"]), nanos(&e["ts"]) + nanos(&e["dur"])]).collect();
+        assert!(spans.is_sorted_by(|a, b| a[1] <= b[0]), "lane {wanted}: launches overlap");
+        spans
+    };
+    let decode = plan.decode().ok_or("a decode step")?;
+    let launches = prefill.entry.launches.len() + NEW * decode.launches.len();
+    let steps = lane(0);
+    assert_eq!(steps.len(), 1 + NEW);
+    for worker in 1..=THREADS {
+        let spans = lane(worker);
+        assert_eq!(spans.len(), launches);
+        let inside = |span: &[u64; 2]| steps.iter().any(|step| step[0] <= span[0] && span[1] <= step[1]);
+        assert!(spans.iter().all(inside), "a launch lies outside of its step");
+        let name = events.iter().find(|e| e["ph"] == "M" && e["tid"] == worker).ok_or("a lane's name")?;
+        assert_eq!(name["args"]["name"], format!("worker {}", worker - 1));
+    }
+    assert!(lane(THREADS + 1).is_empty());
+    Ok(())
+}
+
+/// An artifact without taps, a device without, a text that does not fit.
+fn refuses() {
+    let folder = Folder::new();
+    folder.ok("compile builtin -o plain.llamac --ctx 64");
+    folder.ok("compile builtin -o tapped.llamac --ctx 64 --taps");
+    let cases = [
+        ("profile plain.llamac", 4, "plain.llamac: has no taps; `compile --taps` makes code that has"),
+        ("profile tapped.llamac --device null", 7, "there is no device `null with taps`"),
+        (
+            "profile tapped.llamac -p 60 -n 5",
+            5,
+            "context full: 60 positions in the cache and 5 more, compiled for 64",
+        ),
+    ];
+    for (command, exit, words) in cases {
+        let said = folder.run(command);
+        assert_eq!(said.exit, Some(exit), "{command}: {}", said.err);
+        assert!(said.err.contains(words), "{command}: {}", said.err);
+    }
 }
