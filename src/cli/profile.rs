@@ -121,11 +121,11 @@ fn roofs(phase: &Phase) -> String {
 /// What the measurement cost and what it leaves out.
 fn account(phase: &Phase) -> String {
     format!(
-        "The kernels take {}, {} of the step run whole; run launch by launch it takes {} ({} more).",
+        "The kernels take {}, {} of the step run whole; run launch by launch it takes {} ({:+.1} %).",
         time(phase.kernel_seconds),
         percent(phase.sum_share),
         time(phase.tapped_seconds),
-        percent(phase.tapped_seconds / phase.seconds - 1.0),
+        100.0 * (phase.tapped_seconds / phase.seconds - 1.0),
     )
 }
 

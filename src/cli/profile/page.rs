@@ -1,10 +1,10 @@
 //! A profile as one HTML page that needs nothing else: rooflines as SVG, and the tables.
 //!
 //! In a roofline (Williams, Waterman and Patterson 2009) a kernel stands at its FLOPs a byte and its FLOPs a second, both
-//! logarithmic, under the lower of two roofs. Its number is its line in the table, its area its share of the time.
+//! logarithmic, under the lower of two roofs. Its number is its line in the table; the longer it takes the larger it is.
 
 use super::{HEADS, account, roofs, rows, summary};
-use crate::cli::screen::{big, flops};
+use crate::cli::screen::{bandwidth, big, flops};
 use ir::graph::Family;
 use llamac::profile::{KernelTime, Phase, Profile};
 use std::fmt::Write;
@@ -18,7 +18,7 @@ h1 { font-size: 1.5rem; margin-bottom: 0; } h2 { font-size: 1.15rem; margin: 2.5
 p { color: var(--faint); margin: .25rem 0; max-width: 52rem; } .wide { overflow-x: auto; }
 svg { display: block; width: 100%; height: auto; margin: 1rem 0; } svg text { font: 12px system-ui, sans-serif; fill: var(--faint); }
 svg .grid { stroke: var(--line); } svg .roof { stroke: var(--ink); stroke-width: 2; fill: none; }
-svg circle { fill-opacity: .8; stroke: var(--paper); } svg .number { fill: #fff; font-weight: 600; text-anchor: middle; }
+svg circle { fill-opacity: .25; stroke-width: 1.5; } svg .lead { stroke: var(--faint); stroke-width: .7; } svg .name { fill: var(--ink); }
 table { border-collapse: collapse; width: 100%; font-size: 13px; font-variant-numeric: tabular-nums; white-space: nowrap; }
 th, td { padding: .3rem .6rem; border-bottom: 1px solid var(--line); text-align: left; } th { font-weight: 600; }
 .right { text-align: right; } .bar { background: linear-gradient(var(--bar), var(--bar)) no-repeat 0 50% / var(--part) 70%; }
@@ -33,7 +33,7 @@ pub fn page(title: &str, profile: &Profile) -> String {
          <meta name=\"viewport\" content=\"width=device-width\">\n<title>llamac profile: {title}</title>\n\
          <style>{STYLE}</style>\n<h1>{title}</h1>\n\
          <p>Medians over steps. Ceilings were measured between the steps, by as many threads. A circle is a kernel: its \
-         number is its line in the table, its area its share of the time. More than 100 % of the memory limit: operands \
+         number is its line in the table, the larger the more of the time it takes. More than 100 % of the memory limit: operands \
          came from a cache. Busy is the part of a kernel's time in which its workers work; in the rest they wait.</p>\n"
     );
     for (name, phase) in [("Prefill", &profile.prefill), ("Decode", &profile.decode)] {
@@ -166,20 +166,42 @@ fn roofline(phase: &Phase) -> String {
         y.at(dot) - 8.0,
         escape(&flops(dot)),
     );
-    // Large circles first: small ones lie on them.
+    let slope = (y.at(dot) - y.at(enter * read)).atan2(x.at(ridge) - x.at(enter)).to_degrees();
+    let _ = writeln!(
+        out,
+        "<text transform=\"translate({:.1} {:.1}) rotate({slope:.1})\" x=\"24\" y=\"-8\">{}</text>",
+        x.at(enter),
+        y.at(enter * read),
+        escape(&bandwidth(read)),
+    );
+    // Large circles first: small ones lie on them. Labels of neighbours stand below each other.
+    let mut labels: Vec<[f64; 2]> = Vec::new();
     for (number, kernel) in &shown {
         let (intensity, speed) = place(kernel);
-        let (cx, cy, radius) = (x.at(intensity), y.at(speed), 8.0 + 26.0 * kernel.share.sqrt());
+        let (cx, cy, radius) = (x.at(intensity), y.at(speed), 5.0 + 20.0 * kernel.share.sqrt());
+        let mut label = [cx + 34.0, cy + 4.0];
+        while let Some(other) = labels
+            .iter()
+            .find(|other| (other[0] - label[0]).abs() < 90.0 && (other[1] - label[1]).abs() < 14.5)
+        {
+            label[1] = other[1] + 15.0;
+        }
+        labels.push(label);
         let _ = writeln!(
             out,
-            "<g><circle cx=\"{cx:.1}\" cy=\"{cy:.1}\" r=\"{radius:.1}\" fill=\"{}\"/>\
-             <text class=\"number\" x=\"{cx:.1}\" y=\"{:.1}\">{}</text><title>{}: {} FLOPs a byte, {}</title></g>",
-            colour(kernel.family),
-            cy + 4.0,
+            "<g><circle cx=\"{cx:.1}\" cy=\"{cy:.1}\" r=\"{radius:.1}\" fill=\"{colour}\" stroke=\"{colour}\"/>\
+             <polyline class=\"lead\" points=\"{cx:.1},{cy:.1} {:.1},{:.1}\"/>\
+             <text class=\"name\" x=\"{:.1}\" y=\"{:.1}\">{} {name}</text>\
+             <title>{name}: {} FLOPs a byte, {}</title></g>",
+            label[0] - 4.0,
+            label[1] - 4.0,
+            label[0],
+            label[1],
             number + 1,
-            escape(&kernel.name),
             big(intensity).trim_end(),
             escape(&flops(speed)),
+            colour = colour(kernel.family),
+            name = escape(&kernel.name),
         );
     }
     out += "</svg>\n";
