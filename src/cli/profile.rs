@@ -81,7 +81,7 @@ pub fn profile(options: &Options, screen: &Screen) -> Result<(), CliError> {
     let run = profile::Options { prompt: options.prompt, new: options.max_tokens, turns: options.repeats };
     let measured = profile::profile(&mut program, &run, &mut ceilings)?;
 
-    let title = format!("{}, {}, {threads} threads", ready.manifest.model, ready.manifest.dtype);
+    let title = format!("{}, {}, {}", ready.manifest.model, ready.manifest.dtype, counted(threads, "thread"));
     if let Some(file) = &options.trace {
         write(file, &profile::trace(&ready.plan, &ready.manifest.model, &measured.trace).to_string())?;
     }
@@ -109,8 +109,14 @@ fn write(file: &Path, text: &str) -> Result<(), CliError> {
 /// A phase in one line.
 fn summary(name: &str, phase: &Phase) -> String {
     let Phase { tokens, past, steps, seconds, .. } = phase;
-    let plural = if *tokens == 1 { "" } else { "s" };
-    format!("{name}, {tokens} token{plural} after {past}: {}, median of {steps}", time(*seconds))
+    let tokens = counted(*tokens, "token");
+    format!("{name}, {tokens} after {past}: {}, median of {steps}", time(*seconds))
+}
+
+/// `1 token`, `2 tokens`.
+fn counted(count: usize, what: &str) -> String {
+    let plural = if count == 1 { "" } else { "s" };
+    format!("{count} {what}{plural}")
 }
 
 /// What the machine could do meanwhile.
