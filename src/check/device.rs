@@ -147,7 +147,7 @@ impl Compiled {
             });
             named.push(kernel);
         }
-        let text = codegen::lower::module(&plan, &named, level.features);
+        let text = codegen::lower::module(&plan, &named, level.features, false);
         let object = codegen::link::link(&codegen::cpu::compile(&text, level, Form::Object)?)?;
         let load = |threads| Code::load(&object, plan.entries.iter().map(|e| e.name.as_str()), threads);
         Ok(Compiled { by_workers: [load(1)?, load(2)?] })

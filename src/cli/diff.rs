@@ -153,9 +153,9 @@ fn open(options: &Options, number: usize) -> Result<Side, CliError> {
         return Ok(Side { argument, plan, artifact: Some(*artifact), target });
     }
     let (dtype, ctx) = (of(&options.dtype, number).copied(), of(&options.ctx, number).copied());
-    let build = BuildOptions { dtype, ctx, random_weights: None };
+    let build = BuildOptions { dtype, ctx, random_weights: None, taps: false };
     let lowering = Lowering::of(&model, &build, target.map(String::as_str))?;
-    let plan = lower(&lowering.request(), &lowering.target)?.lowered.plan;
+    let plan = lower(&lowering.request(), &lowering.target, false)?.lowered.plan;
     Ok(Side { argument, plan, artifact: None, target: Some(lowering.target) })
 }
 
