@@ -2,7 +2,8 @@
 //!
 //! * Weights are unpacked by the plan: each element of a tensor is looked up in the panel that holds it. A tensor is
 //!   decoded when it is first needed, and kept.
-//! * Every stored value is rounded to its dtype ([`Rounding::Stored`]); logits are rounded to f32 when they leave.
+//! * Every stored value is rounded to its dtype ([`Rounding::Stored`]), unless asked otherwise; logits are rounded to f32
+//!   when they leave.
 //! * A state is the cache's tensors. Any target's plan serves: all of an artifact share the weights.
 //!
 //! It is slow: some 100 million multiplications a second, and 8 bytes of memory for each weight.
@@ -29,7 +30,7 @@ pub struct Interpreter;
 
 impl Device for Interpreter {
     fn load(&mut self, artifact: &Artifact) -> Result<Box<dyn Program>, DeviceError> {
-        Ok(Box::new(InterpretedProgram::load(artifact)?))
+        Ok(Box::new(InterpretedProgram::load(artifact, Rounding::Stored)?))
     }
 }
 
@@ -41,13 +42,19 @@ pub struct InterpretedProgram {
     graphs: HashMap<String, Graph>,
     weights: Option<(FileBytes, Range<usize>)>,
     decoded: HashMap<String, Rc<Tensor>>,
+    rounding: Rounding,
 }
 
 /// The cache's tensors by name; the state of an [`InterpretedProgram`].
 type Cache = BTreeMap<String, Tensor>;
 
 impl InterpretedProgram {
-    fn load(artifact: &Artifact) -> Result<InterpretedProgram, DeviceError> {
+    /// Loads an artifact. [`Rounding::Exact`] rounds nothing that is stored: the truth for the artifact's weights.
+    ///
+    /// # Errors
+    ///
+    /// As [`Device::load`].
+    pub fn load(artifact: &Artifact, rounding: Rounding) -> Result<InterpretedProgram, DeviceError> {
         let manifest: Manifest = artifact.manifest()?;
         let bad = |said: String| bad_graph(artifact.file().to_path_buf(), said);
         let target = manifest.targets.first().ok_or_else(|| bad("no target, and so no plan".to_string()))?;
@@ -68,7 +75,7 @@ impl InterpretedProgram {
         }
         let weights = weights_of(artifact, &plan)?;
         let (file, context) = (artifact.file().to_path_buf(), manifest.context);
-        Ok(InterpretedProgram { file, plan, context, graphs, weights, decoded: HashMap::new() })
+        Ok(InterpretedProgram { file, plan, context, graphs, weights, decoded: HashMap::new(), rounding })
     }
 
     /// Decodes the weights that `graph` names and that no step before needed.
@@ -202,7 +209,7 @@ impl Program for InterpretedProgram {
         };
         let mut symbols = [0; MAX_SYMBOLS];
         (symbols[0], symbols[1]) = (tokens.len() as i64, past as i64);
-        let result = interpret(&graph, &symbols, Rounding::Stored, &mut bind, None);
+        let result = interpret(&graph, &symbols, self.rounding, &mut bind, None);
         // What was there stays, where the step did not replace it.
         *cache = kept.into_iter().map(|(name, tensor)| (name, Rc::unwrap_or_clone(tensor))).collect();
         let mut outputs =
