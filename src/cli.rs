@@ -6,6 +6,7 @@
 //!   [`opt`], [`emit`], [`check`].
 //! * Verbs: [`inspect`], [`run`], [`logits`], [`tokenize`], [`bench`], [`profile`], [`doctor`]; with the compiler [`plan`],
 //!   [`compile`], [`opt`], [`emit`].
+//!   [`compile`], [`opt`], [`emit`], [`check`], [`compare`].
 //! * [`source`]: the MODEL argument to an artifact, compiled into the cache folder if it is none; [`prompt`]: text to
 //!   tokens; [`device`]: where to run.
 //! * [`error`]: every error with its exit code; [`screen`]: columns, units, JSON, notes; [`interrupt`]: Ctrl-C.
@@ -33,6 +34,7 @@ mod tokenize;
 mod cache;
 #[cfg(feature = "compiler")]
 mod check;
+mod compare;
 #[cfg(feature = "compiler")]
 mod compile;
 #[cfg(feature = "compiler")]
@@ -112,6 +114,9 @@ enum Verb {
     /// Judge every kernel family on this machine: schedules, shapes, distributions
     #[cfg(feature = "compiler")]
     Check(check::Options),
+    /// Judge a model's program by a reference, its checkpoint and the interpreter
+    #[cfg(feature = "compiler")]
+    Compare(compare::Options),
     /// What is here, what is missing, and how to get it
     Doctor(doctor::Options),
     /// Shell completions
@@ -134,6 +139,9 @@ enum Verb {
     #[cfg(not(feature = "compiler"))]
     #[command(hide = true)]
     Check(WithoutCompiler),
+    #[cfg(not(feature = "compiler"))]
+    #[command(hide = true)]
+    Compare(WithoutCompiler),
 }
 
 /// Whatever is given to a verb that this program lacks.
@@ -185,6 +193,8 @@ fn dispatch(verb: Verb, screen: &Screen) -> Result<ExitCode, CliError> {
         Verb::Emit(options) => emit::emit(&options, screen),
         #[cfg(feature = "compiler")]
         Verb::Check(options) => check::check(&options, screen),
+        #[cfg(feature = "compiler")]
+        Verb::Compare(options) => compare::compare(&options, screen),
         #[cfg(not(feature = "compiler"))]
         Verb::Plan(_) => Err(CliError::NoCompiler { what: "plan".into() }),
         #[cfg(not(feature = "compiler"))]
@@ -197,6 +207,8 @@ fn dispatch(verb: Verb, screen: &Screen) -> Result<ExitCode, CliError> {
         Verb::Emit(_) => Err(CliError::NoCompiler { what: "emit".into() }),
         #[cfg(not(feature = "compiler"))]
         Verb::Check(_) => Err(CliError::NoCompiler { what: "check".into() }),
+        #[cfg(not(feature = "compiler"))]
+        Verb::Compare(_) => Err(CliError::NoCompiler { what: "compare".into() }),
     }
     .map(|()| ExitCode::SUCCESS)
 }

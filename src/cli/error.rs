@@ -1,6 +1,7 @@
 //! Every error of the command with its exit code, and how it is told.
 
 use llamac::model::ModelError;
+use llamac::reference::ReferenceError;
 use models::{ChatError, ReadError, TokenizerError};
 use runtime::artifact::ArtifactError;
 use runtime::device::DeviceError;
@@ -174,6 +175,17 @@ pub enum CliError {
     #[cfg(feature = "compiler")]
     #[error(transparent)]
     Walk(#[from] WalkError),
+    /// A reference file that cannot be used.
+    #[cfg_attr(not(feature = "compiler"), expect(dead_code, reason = "of the program with the compiler"))]
+    #[error(transparent)]
+    Reference(#[from] ReferenceError),
+    /// A program that is not what it should be.
+    #[cfg(feature = "compiler")]
+    #[error("{model} is not what it should be")]
+    Mismatch {
+        /// As given.
+        model: String,
+    },
     /// Stdout.
     #[error("stdout: cannot be written")]
     Output(#[from] io::Error),
@@ -208,6 +220,10 @@ impl CliError {
                 WalkError::Lower(_) | WalkError::Case { .. } => Exit::Bug,
                 WalkError::Interrupted => Exit::Interrupted,
             },
+            CliError::Reference(ReferenceError::Read { .. }) => Exit::Usage,
+            CliError::Reference(_) => Exit::Model,
+            #[cfg(feature = "compiler")]
+            CliError::Mismatch { .. } => Exit::Mismatch,
         }
     }
 
@@ -275,6 +291,16 @@ impl CliError {
             CliError::Unequal { .. } | CliError::Output(_) => Facts::default(),
             #[cfg(feature = "compiler")]
             CliError::Wrong { .. } | CliError::Walk(_) => Facts::default(),
+            CliError::Reference(error) => match error {
+                ReferenceError::Read { file, .. } | ReferenceError::Format { file, .. } => {
+                    Facts::default().file(file)
+                }
+                ReferenceError::Content { file, found, expected, .. } => {
+                    Facts::of(found, expected).file(file)
+                }
+            },
+            #[cfg(feature = "compiler")]
+            CliError::Mismatch { model } => Facts::default().file(Path::new(model)),
         }
     }
 }

@@ -9,6 +9,7 @@
 //! * [`random`]: random graphs, compiled and interpreted.
 //! * [`readme`]: what the README says.
 //! * [`reference`]: real models against what PyTorch computes, on every device.
+//! * [`compare`]: the verb passes what is right and names each planted fault.
 //! * [`stages`]: every stage as text, and `opt` from one to the next.
 //! * [`cli`]: what the command gives to people and scripts, and [`bad`]: how it refuses bad input; both run it by [`command`].
 //! * [`cli`]: what CLI.md promises of the command, and [`bad`]: how it refuses bad input; both run it by [`command`].
@@ -22,6 +23,7 @@ mod bad;
 mod builtin;
 mod cli;
 mod command;
+mod compare;
 #[path = "../../models/tests/it/damage.rs"]
 #[expect(dead_code, reason = "the tests of `models` look at memory too")]
 mod damage;
@@ -51,6 +53,7 @@ fn main() {
     trials.extend(lower::trials());
     trials.extend(bad::trials());
     trials.extend(cli::trials());
+    trials.extend(compare::trials());
     trials.extend(fuzz::trials());
     trials.extend(diff::trials());
     trials.extend(eval::trials());

@@ -1,0 +1,189 @@
+//! `compare`: a program against a reference, a checkpoint and the interpreter.
+
+use super::error::CliError;
+use super::screen::{Screen, pairs, print, print_json, short};
+use super::source::{self, BuildOptions, Ready, dtype, positive};
+use clap::Args;
+use ir::DType;
+use ir::interp::Rounding;
+use llamac::compare::logits::{Logits, LogitsFault};
+use llamac::compare::{Fault, Seen, weights};
+use llamac::model::Model;
+use llamac::pipeline::Request;
+use llamac::reference::Reference;
+use models::{Checkpoint, Config};
+use runtime::cpu::Cpu;
+use runtime::device::Device;
+use runtime::interpreter::InterpretedProgram;
+use runtime::manifest::{GRAPH, WEIGHTS};
+use runtime::pool;
+use serde_json::json;
+use std::path::PathBuf;
+use std::time::Instant;
+
+/// Lengths of the prompts that stand in for a reference file's, and the greedy steps after each.
+const LENGTHS: [usize; 2] = [1, 9];
+const STEPS: usize = 4;
+
+#[derive(Args)]
+#[command(after_help = "\
+Example:
+  llamac compare builtin
+  llamac compare stories260K/ --dtype bf16 --reference stories260K.safetensors
+  llamac compare model.llamac --checkpoint model/")]
+pub struct Options {
+    /// Model or artifact
+    model: String,
+    /// Logits in f64 to judge by, as safetensors [default: the interpreter, on the same weights]
+    #[arg(long, value_name = "FILE")]
+    reference: Option<PathBuf>,
+    /// Checkpoint that weights and shape should be of [default: MODEL, if it is one]
+    #[arg(long, value_name = "MODEL")]
+    checkpoint: Option<String>,
+    /// Dtype of weights and stored values: f32 or bf16 [default: f32 for f32 checkpoints, else bf16]
+    #[arg(long, value_parser = dtype, value_name = "DTYPE")]
+    dtype: Option<DType>,
+    /// Threads [default: physical cores that this process may use]
+    #[arg(long, short, value_parser = positive, value_name = "N")]
+    threads: Option<usize>,
+}
+
+/// What was found.
+#[derive(Default)]
+struct Found {
+    /// Lines for the reader: what was judged and how it went.
+    lines: Vec<(&'static str, String)>,
+    /// The worst share of a bound.
+    worst: f64,
+    near_ties: usize,
+    fault: Option<Fault>,
+}
+
+pub fn compare(options: &Options, screen: &Screen) -> Result<(), CliError> {
+    let begin = Instant::now();
+    let model = Model::open(&options.model)?;
+    let config = model.config()?;
+    let reference = options.reference.as_deref().map(|file| Reference::read(file, config.vocab_size));
+    let reference = reference.transpose()?;
+    // No more positions than are looked at: the interpreter's cache is large.
+    let needed = |r: &Reference| r.prompts.iter().map(|p| p.tokens.len() + p.greedy.len()).max();
+    let needed = reference.as_ref().and_then(needed).unwrap_or(LENGTHS[1] + STEPS);
+    let ctx = (!matches!(model, Model::Artifact(_))).then_some(needed.min(config.context));
+    let build = BuildOptions { dtype: options.dtype, ctx, random_weights: None, taps: false };
+    let ready = source::ready(&options.model, &build, screen)?;
+
+    let mut found = Found::default();
+    let original = match &options.checkpoint {
+        Some(argument) => Some((argument, Model::open(argument)?)),
+        None => None,
+    };
+    match (&original, &model) {
+        (Some((_, Model::Checkpoint(checkpoint))), _) | (None, Model::Checkpoint(checkpoint)) => {
+            by_checkpoint(&ready, checkpoint, &mut found)?;
+        }
+        (Some((argument, _)), _) => {
+            return Err(CliError::Usage(format!("--checkpoint {argument}: it has no weights on disk")));
+        }
+        (None, _) => screen.detail("no checkpoint at hand: weights are not compared"),
+    }
+    if found.fault.is_none() {
+        by_logits(options, &ready, reference, &mut found)?;
+    }
+    tell(options, &found, begin.elapsed().as_secs_f64(), screen)
+}
+
+/// Judges the artifact's graph and weights.
+fn by_checkpoint(ready: &Ready, checkpoint: &Checkpoint, found: &mut Found) -> Result<(), CliError> {
+    let text = String::from_utf8_lossy(ready.artifact.require(GRAPH)?).into_owned();
+    let expected = graphs(ready, &checkpoint.config);
+    found.fault = weights::graph(&text, &expected);
+    if found.fault.is_some() {
+        return Ok(());
+    }
+    let bytes = ready.artifact.require(WEIGHTS)?;
+    match weights::weights(bytes, &ready.plan, checkpoint).map_err(llamac::model::ModelError::from)? {
+        Ok(tensors) => {
+            found.lines.push(("weights", format!("{tensors} tensors, each bit as in the checkpoint")));
+        }
+        Err(fault) => found.fault = Some(fault),
+    }
+    Ok(())
+}
+
+/// The text of a config's graphs, as an artifact would hold it.
+fn graphs(ready: &Ready, config: &Config) -> String {
+    let dtype = DType::from_name(&ready.manifest.dtype).expect("an artifact's dtype is one");
+    let request = Request { config, dtype, context: ready.manifest.context };
+    let texts: Vec<String> = request.graphs().iter().map(|(graph, _)| graph.to_string()).collect();
+    texts.join("\n")
+}
+
+/// Judges what the program says.
+fn by_logits(
+    options: &Options,
+    ready: &Ready,
+    reference: Option<Reference>,
+    found: &mut Found,
+) -> Result<(), CliError> {
+    let dtype = DType::from_name(&ready.manifest.dtype).expect("an artifact's dtype is one");
+    let threads = options.threads.unwrap_or_else(pool::physical_cores);
+    let mut program = Cpu { threads }.load(&ready.artifact)?;
+    let mut honest = InterpretedProgram::load(&ready.artifact, Rounding::Stored)?;
+    let (reference, by) = match reference {
+        Some(reference) => (reference, "the reference"),
+        None => {
+            let mut exact = InterpretedProgram::load(&ready.artifact, Rounding::Exact)?;
+            (Reference::interpreted(&mut exact, &mut honest, &LENGTHS, STEPS)?, "the interpreter in f64")
+        }
+    };
+    let mut logits = Logits::default();
+    let judged = logits.judge(&mut *program, &mut honest, &reference, dtype)?;
+    found.near_ties = logits.near_ties;
+    found.worst = found.worst.max(logits.share);
+    let Logits { share, positions, near_ties, steps, .. } = logits;
+    found.lines.push((
+        "logits",
+        format!(
+            "{share:.3} of the bound by {by} at {positions} positions; {near_ties} near ties in {steps} greedy steps"
+        ),
+    ));
+    found.fault = judged.err().map(|fault| {
+        let what = fault.to_string();
+        let (index, seen, expected) = match fault {
+            LogitsFault::Position { position, token, found, expected, .. } => {
+                (vec![position, token], found, expected)
+            }
+            LogitsFault::Spread { found, bound } => (Vec::new(), found, bound),
+            LogitsFault::Greedy { step, found, token, .. } => {
+                (vec![step], f64::from(found), f64::from(token))
+            }
+        };
+        let (found, expected) = (Seen::Number(seen), Seen::Number(expected));
+        let op = Some("logits".to_string());
+        Fault { layer: None, op, kernel: None, schedule: None, index, found, expected, what }
+    });
+    Ok(())
+}
+
+/// Prints the verdict.
+fn tell(options: &Options, found: &Found, seconds: f64, screen: &Screen) -> Result<(), CliError> {
+    let verdict = if found.fault.is_none() { "pass" } else { "fail" };
+    if screen.json {
+        print_json(&json!({
+            "verdict": verdict, "worst": found.worst, "first_fault": found.fault, "near_ties": found.near_ties,
+            "seconds": seconds,
+        }))?;
+    } else {
+        let said = match &found.fault {
+            None => format!("in {} s", short(seconds)),
+            Some(fault) => fault.to_string(),
+        };
+        let mut lines = found.lines.clone();
+        lines.push((verdict, said));
+        print(&pairs(&lines))?;
+    }
+    match found.fault {
+        None => Ok(()),
+        Some(_) => Err(CliError::Mismatch { model: options.model.clone() }),
+    }
+}

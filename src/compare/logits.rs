@@ -1,0 +1,184 @@
+//! The level `logits`: what a program says, against a reference.
+
+use crate::judge::{self, Greedy, ReferenceStep, rms};
+use crate::reference::{Prompt, Reference};
+use ir::DType;
+use runtime::device::{DeviceError, Program, Step, Want, feed};
+
+/// What a program's logits came to.
+#[derive(Clone, Debug, Default)]
+pub struct Logits {
+    /// Share of the bound: the largest at a position in f32, of the rms in bf16.
+    pub share: f64,
+    /// Largest error of a logit.
+    pub largest: f64,
+    /// Greedy steps at which errors may decide.
+    pub near_ties: usize,
+    /// Greedy steps.
+    pub steps: usize,
+    /// Positions.
+    pub positions: usize,
+    /// Of each logit that the reference knows.
+    errors: Vec<f64>,
+}
+
+/// Why logits are wrong.
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+#[expect(missing_docs, reason = "the messages say what the fields are")]
+pub enum LogitsFault {
+    #[error(
+        "prompt {prompt}, position {position}: the logit of token {token} is {found:e}, expected {expected:e} within \
+         {bound:e}"
+    )]
+    Position { prompt: usize, position: usize, token: usize, found: f64, expected: f64, bound: f64 },
+    #[error("rms of the errors of all logits is {found:e}, expected at most {bound:e}")]
+    Spread { found: f64, bound: f64 },
+    #[error(
+        "prompt {prompt}, greedy step {step}: token {found}, expected {token} (or {second}, {margin:e} below; largest error \
+         {largest:e})"
+    )]
+    Greedy { prompt: usize, step: usize, found: i32, token: i32, second: i32, margin: f64, largest: f64 },
+}
+
+/// What came of judging: `Err` inside is a result too.
+pub type Judged = Result<Result<(), LogitsFault>, DeviceError>;
+
+impl Logits {
+    /// Judges every prompt of a reference, up to the first fault. In bf16 the bound is known at the end alone: `honest` is
+    /// the interpreter, which rounds what is stored and nothing else.
+    ///
+    /// # Errors
+    ///
+    /// What a device says.
+    pub fn judge(
+        &mut self,
+        program: &mut dyn Program,
+        honest: &mut dyn Program,
+        reference: &Reference,
+        dtype: DType,
+    ) -> Judged {
+        let mut of_honest = Logits::default();
+        for (number, prompt) in reference.prompts.iter().enumerate() {
+            let found = all_logits(program, &prompt.tokens, None)?;
+            if let Err(fault) = self.prompt(number, prompt, &found, program.vocab(), dtype) {
+                return Ok(Err(fault));
+            }
+            if dtype != DType::F32 {
+                let found = all_logits(honest, &prompt.tokens, None)?;
+                if let Err(fault) = of_honest.prompt(number, prompt, &found, honest.vocab(), dtype) {
+                    return Ok(Err(fault));
+                }
+            }
+            if let Err(fault) = self.greedy(number, program, prompt)? {
+                return Ok(Err(fault));
+            }
+        }
+        Ok(if dtype == DType::F32 { Ok(()) } else { self.spread(&of_honest) })
+    }
+
+    /// Judges the logits of a prompt.
+    ///
+    /// # Errors
+    ///
+    /// The first position with a logit that is no number or, in f32, outside of its bound.
+    pub fn prompt(
+        &mut self,
+        number: usize,
+        prompt: &Prompt,
+        logits: &[f32],
+        vocab: usize,
+        dtype: DType,
+    ) -> Result<(), LogitsFault> {
+        for (position, (known, found)) in prompt.logits.iter().zip(logits.chunks_exact(vocab)).enumerate() {
+            // Where the reference keeps the largest logits only, ours stand for the rest.
+            let size = match prompt.whole {
+                true => rms(known.iter().map(|k| k.1)),
+                false => rms(found.iter().map(|&x| f64::from(x))),
+            };
+            let bound = match dtype {
+                DType::F32 => judge::f32_bound(prompt.f32_error, size),
+                _ => f64::INFINITY,
+            };
+            for &(token, expected) in known {
+                let found = f64::from(found[token]);
+                let error = (found - expected).abs();
+                if !error.is_finite() || error > bound {
+                    return Err(LogitsFault::Position {
+                        prompt: number,
+                        position,
+                        token,
+                        found,
+                        expected,
+                        bound,
+                    });
+                }
+                self.largest = self.largest.max(error);
+                self.share = self.share.max(error / bound);
+                self.errors.push(error);
+            }
+            self.positions += 1;
+        }
+        Ok(())
+    }
+
+    /// Goes through the reference's greedy continuation, as far as the context reaches.
+    ///
+    /// # Errors
+    ///
+    /// What the device says.
+    pub fn greedy(&mut self, number: usize, program: &mut dyn Program, prompt: &Prompt) -> Judged {
+        let mut state = program.state()?;
+        let room = program.context() - prompt.tokens.len();
+        let mut chosen = feed(program, &prompt.tokens, None, Want::Token, &mut state)?.token;
+        for (step, &reference) in prompt.greedy.iter().enumerate().take(room) {
+            let bad = DeviceError::BadOutputs { want: Want::Token, token: false, logits: 0 };
+            let found = chosen.ok_or(bad)?;
+            match judge::greedy(reference, found, self.largest) {
+                Greedy::Equal => {}
+                Greedy::NearTie => self.near_ties += 1,
+                Greedy::Wrong => {
+                    let (ReferenceStep { token, second, margin }, largest) = (reference, self.largest);
+                    let prompt = number;
+                    return Ok(Err(LogitsFault::Greedy {
+                        prompt,
+                        step,
+                        found,
+                        token,
+                        second,
+                        margin,
+                        largest,
+                    }));
+                }
+            }
+            self.steps += 1;
+            chosen = program.run(&Step { tokens: &[reference.token], want: Want::Token }, &mut state)?.token;
+        }
+        Ok(Ok(()))
+    }
+
+    /// Judges all errors together by those of the interpreter, as bf16 is.
+    ///
+    /// # Errors
+    ///
+    /// When their rms is outside of its bound.
+    pub fn spread(&mut self, honest: &Logits) -> Result<(), LogitsFault> {
+        let found = rms(self.errors.iter().copied());
+        let bound = judge::bf16_bound(rms(honest.errors.iter().copied()));
+        self.share = found / bound;
+        if found <= bound { Ok(()) } else { Err(LogitsFault::Spread { found, bound }) }
+    }
+}
+
+/// Logits of every position, in steps of at most `chunk` tokens.
+///
+/// # Errors
+///
+/// What the device says.
+pub fn all_logits(
+    program: &mut dyn Program,
+    tokens: &[i32],
+    chunk: Option<usize>,
+) -> Result<Vec<f32>, DeviceError> {
+    let mut state = program.state()?;
+    Ok(feed(program, tokens, chunk, Want::AllLogits, &mut state)?.logits)
+}

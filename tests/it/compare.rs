@@ -1,0 +1,171 @@
+//! `compare`: what is right passes at every level; each planted fault is named by layer and op.
+
+use crate::Checked;
+use crate::command::{Place, Said};
+use crate::skipped::skip;
+use libtest_mimic::Trial;
+use safetensors::SafeTensors;
+use safetensors::tensor::{Dtype, TensorView};
+use serde_json::Value;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+/// One test a claim.
+pub fn trials() -> Vec<Trial> {
+    let trial = |name: &'static str, test: fn(&Place, &Model) -> Checked<()>| {
+        Trial::test(name, move || {
+            let shared = Path::new(env!("CARGO_MANIFEST_DIR")).join("../shared");
+            let folder = shared.join("models/variants/gqa4");
+            let reference = shared.join("reference/variants/gqa4.safetensors");
+            if !folder.exists() || !reference.exists() {
+                skip(name, &format!("there is no {} or no {}", folder.display(), reference.display()));
+                return Ok(());
+            }
+            Ok(test(&Place::new(), &Model { folder, reference })?)
+        })
+    };
+    vec![
+        trial("compare passes what is right", passes),
+        trial("compare names a scaled tensor", scaled),
+        trial("compare names swapped heads", swapped),
+        trial("compare names another rope theta", theta),
+        trial("compare names a flipped bit", flipped),
+        trial("compare refuses a damaged reference", damaged),
+    ]
+}
+
+/// A model with two layers, and what it should say.
+struct Model {
+    folder: PathBuf,
+    reference: PathBuf,
+}
+
+impl Model {
+    /// A copy, with other bytes for one tensor.
+    fn with(&self, place: &Place, tensor: &str, change: impl Fn(&mut [f32])) -> Checked<String> {
+        let bytes = fs::read(self.folder.join("model.safetensors"))?;
+        let tensors = SafeTensors::deserialize(&bytes)?;
+        let mut changed = Vec::new();
+        for (name, view) in tensors.tensors() {
+            let mut data = view.data().to_vec();
+            if name == tensor {
+                assert_eq!(view.dtype(), Dtype::F32, "the model is of f32");
+                let mut values: Vec<f32> =
+                    data.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b)).collect();
+                change(&mut values);
+                data = values.iter().flat_map(|x| x.to_le_bytes()).collect();
+            }
+            changed.push((name, view.dtype(), view.shape().to_vec(), data));
+        }
+        let views = changed.iter().map(|(name, dtype, shape, data)| {
+            (name.clone(), TensorView::new(*dtype, shape.clone(), data).expect("as many bytes as before"))
+        });
+        place.write("changed/model.safetensors", safetensors::serialize(views, None)?);
+        place.write("changed/config.json", fs::read(self.folder.join("config.json"))?);
+        Ok("changed".to_string())
+    }
+}
+
+fn passes(place: &Place, model: &Model) -> Checked<()> {
+    let (folder, reference) = (model.folder.display(), model.reference.display());
+    for dtype in ["f32", "bf16"] {
+        for how in [String::new(), format!("--reference {reference}")] {
+            let said = place.ok(&format!("compare {folder} --dtype {dtype} {how} --json")).json();
+            assert_eq!((&said["verdict"], &said["first_fault"]), (&"pass".into(), &Value::Null));
+            let worst = said["worst"].as_f64().ok_or("no worst")?;
+            assert!(worst > 0.0 && worst < 1.0, "{worst} of the bound");
+        }
+    }
+    Ok(())
+}
+
+/// The command finds a fault, and names its layer and op.
+fn names(said: &Said, layer: Option<u64>, op: &str) -> Value {
+    assert_eq!(said.exit, Some(1), "{}: {}", said.command, said.err);
+    let found = said.json();
+    assert_eq!(found["verdict"], "fail");
+    let fault = found["first_fault"].clone();
+    assert_eq!((fault["layer"].as_u64(), fault["op"].as_str()), (layer, Some(op)), "{fault}");
+    fault
+}
+
+/// A model that differs from its checkpoint: the reference says that it does, the checkpoint says where.
+fn differs(place: &Place, model: &Model, changed: &str, layer: Option<u64>, op: &str) -> Checked<()> {
+    let (folder, reference) = (model.folder.display(), model.reference.display());
+    let said = place.run(&format!("compare {changed} --reference {reference} --json"));
+    names(&said, None, "logits");
+    for dtype in ["f32", "bf16"] {
+        let how = format!("--dtype {dtype} --reference {reference} --checkpoint {folder}");
+        let said = place.run(&format!("compare {changed} {how} --json"));
+        let fault = names(&said, layer, op);
+        assert!(fault["found"] != fault["expected"], "{fault}");
+    }
+    Ok(())
+}
+
+fn scaled(place: &Place, model: &Model) -> Checked<()> {
+    let tensor = "model.layers.1.mlp.up_proj.weight";
+    let changed = model.with(place, tensor, |w| w.iter_mut().for_each(|x| *x *= 1.01))?;
+    differs(place, model, &changed, Some(1), "mlp.up_proj")
+}
+
+fn swapped(place: &Place, model: &Model) -> Checked<()> {
+    let config: Value = serde_json::from_slice(&fs::read(model.folder.join("config.json"))?)?;
+    let heads = config["num_attention_heads"].as_u64().ok_or("no heads")? as usize;
+    let changed = model.with(place, "model.layers.0.self_attn.q_proj.weight", |w| {
+        let head = w.len() / heads;
+        let (first, second) = w.split_at_mut(head);
+        first.swap_with_slice(&mut second[..head]);
+    })?;
+    differs(place, model, &changed, Some(0), "self_attn.q_proj")
+}
+
+fn theta(place: &Place, model: &Model) -> Checked<()> {
+    let changed = model.with(place, "", |_| ())?;
+    let mut config: Value = serde_json::from_slice(&fs::read(model.folder.join("config.json"))?)?;
+    let place_of =
+        if config["rope_parameters"].is_object() { &mut config["rope_parameters"] } else { &mut config };
+    place_of["rope_theta"] = 12345.0.into();
+    place.write("changed/config.json", config.to_string());
+    differs(place, model, &changed, None, "freq")
+}
+
+fn flipped(place: &Place, model: &Model) -> Checked<()> {
+    let folder = model.folder.display();
+    for dtype in ["f32", "bf16"] {
+        place.ok(&format!("compile {folder} --dtype {dtype} -o model.llamac"));
+        let compare = format!("compare model.llamac --checkpoint {folder} --json");
+        assert_eq!(place.ok(&compare).json()["verdict"], "pass");
+        // The lowest bit of the first element of the first panel of layer 1's `o`.
+        let said = place.ok("inspect model.llamac --json").json();
+        let sections = said["sections"].as_array().ok_or("no sections")?;
+        let weights = sections.iter().find(|s| s["name"] == "weights").ok_or("no weights")?;
+        let plan = place.ok("emit model.llamac --stage plan").out;
+        let line = plan.lines().find(|line| line.contains("weight %l1.o.0 ")).ok_or("no such weight")?;
+        let offset = line.split(" bytes at ").nth(1).and_then(|rest| rest.split(' ').next());
+        let offset: u64 = offset.ok_or("no offset")?.parse()?;
+        let at = weights["offset"].as_u64().ok_or("no offset")? + offset;
+        let mut bytes = place.read("model.llamac");
+        bytes[at as usize] ^= 1;
+        place.write("model.llamac", bytes);
+        let fault = names(&place.run(&compare), Some(1), "self_attn.o_proj");
+        assert_eq!(fault["index"], serde_json::json!([0, 0]));
+        assert!(fault["kernel"].is_string(), "{fault}");
+    }
+    Ok(())
+}
+
+fn damaged(place: &Place, model: &Model) -> Checked<()> {
+    let folder = model.folder.display();
+    let bytes = fs::read(&model.reference)?;
+    place.write("short.safetensors", &bytes[..bytes.len() / 2]);
+    let said = place.run(&format!("compare {folder} --reference short.safetensors"));
+    assert_eq!(said.exit, Some(3), "{}", said.err);
+    let said = place.run(&format!("compare {folder} --reference nowhere.safetensors"));
+    assert_eq!(said.exit, Some(2), "{}", said.err);
+    // A file for another model.
+    let said = place.run(&format!("compare builtin --reference {}", model.reference.display()));
+    assert_eq!(said.exit, Some(3), "{}", said.err);
+    assert!(said.err.contains("logits_f64"), "{}", said.err);
+    Ok(())
+}
