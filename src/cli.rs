@@ -34,6 +34,7 @@ mod tokenize;
 mod cache;
 #[cfg(feature = "compiler")]
 mod check;
+#[cfg(feature = "compiler")]
 mod compare;
 #[cfg(feature = "compiler")]
 mod compile;

@@ -1,11 +1,14 @@
 //! What `compare` judges: a program against a reference, a checkpoint and the interpreter.
 //!
 //! * [`weights`]: the graph and each packed weight of an artifact, bit for bit against the checkpoint.
+//! * [`ops`] (feature `compiler`): each launch, on what the program itself fed it.
 //! * [`logits`]: what the program says, against reference logits.
 //!
 //! Tolerances are [`crate::judge`]'s.
 
 pub mod logits;
+#[cfg(feature = "compiler")]
+pub mod ops;
 pub mod weights;
 
 use serde::Serialize;

@@ -202,7 +202,8 @@ fn near_zero(dtype: DType) -> f64 {
     }
 }
 
-fn index_of(mut at: usize, shape: &[usize]) -> Vec<usize> {
+/// The index of element `at`, counted in row-major order.
+pub(crate) fn index_of(mut at: usize, shape: &[usize]) -> Vec<usize> {
     let mut index = vec![0; shape.len()];
     for axis in (0..shape.len()).rev() {
         index[axis] = at % shape[axis];

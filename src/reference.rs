@@ -118,9 +118,9 @@ impl Reference {
     ) -> Result<Reference, DeviceError> {
         let mut prompts = Vec::new();
         let (vocab, context) = (exact.vocab(), exact.context());
-        let mut ids = (1u64..).map(|n| (n.wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 33) as usize % vocab);
+        let mut ids = ids(vocab);
         for &length in lengths.iter().filter(|&&length| length + steps <= context) {
-            let tokens: Vec<i32> = ids.by_ref().take(length).map(|id| id as i32).collect();
+            let tokens: Vec<i32> = ids.by_ref().take(length).collect();
             let mut state = exact.state()?;
             let logits = feed(exact, &tokens, None, Want::AllLogits, &mut state)?.logits;
             let honest = all_logits(stored, &tokens, None)?;
@@ -139,6 +139,11 @@ impl Reference {
         }
         Ok(Reference { prompts })
     }
+}
+
+/// Token ids that look like none in particular: a fixed sequence.
+pub fn ids(vocab: usize) -> impl Iterator<Item = i32> {
+    (1u64..).map(move |n| ((n.wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 33) as usize % vocab) as i32)
 }
 
 /// The best token of a row and the second best, the lowest id on ties.

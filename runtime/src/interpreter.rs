@@ -81,13 +81,25 @@ impl InterpretedProgram {
     /// Decodes the weights that `graph` names and that no step before needed.
     fn decode(&mut self, graph: &Graph) -> Result<(), DeviceError> {
         for value in &graph.values {
-            let Op::Weight { name } = &value.op else { continue };
-            if !self.decoded.contains_key(name) {
-                let tensor = self.tensor(name, &value.ty)?;
-                self.decoded.insert(name.clone(), Rc::new(tensor));
+            if let Op::Weight { name } = &value.op {
+                self.weight(name, &value.ty)?;
             }
         }
         Ok(())
+    }
+
+    /// A weight, unpacked: decoded when it is first asked for, and kept.
+    ///
+    /// # Errors
+    ///
+    /// If the artifact does not hold all of such a tensor.
+    pub fn weight(&mut self, name: &str, ty: &TensorType) -> Result<Rc<Tensor>, DeviceError> {
+        if let Some(tensor) = self.decoded.get(name) {
+            return Ok(tensor.clone());
+        }
+        let tensor = Rc::new(self.tensor(name, ty)?);
+        self.decoded.insert(name.to_string(), tensor.clone());
+        Ok(tensor)
     }
 
     /// A tensor of the checkpoint, from all buffers of the plan that hold parts of it.

@@ -256,7 +256,12 @@ fn encode(dtype: DType, x: f64, out: &mut [u8]) {
     }
 }
 
-fn decode(dtype: DType, bytes: &[u8]) -> Vec<f64> {
+/// The numbers that bytes hold.
+///
+/// # Panics
+///
+/// On dtypes that no kernel keeps in memory.
+pub fn decode(dtype: DType, bytes: &[u8]) -> Vec<f64> {
     let elem = |b: &[u8]| match dtype {
         DType::F32 => f64::from(f32::from_le_bytes([b[0], b[1], b[2], b[3]])),
         DType::BF16 => half::bf16::from_le_bytes([b[0], b[1]]).to_f64(),

@@ -3,10 +3,11 @@
 use super::error::CliError;
 use super::screen::{Screen, pairs, print, print_json, short};
 use super::source::{self, BuildOptions, Ready, dtype, positive};
-use clap::Args;
+use clap::{Args, ValueEnum};
 use ir::DType;
 use ir::interp::Rounding;
 use llamac::compare::logits::{Logits, LogitsFault};
+use llamac::compare::ops::Ops;
 use llamac::compare::{Fault, Seen, weights};
 use llamac::model::Model;
 use llamac::pipeline::Request;
@@ -30,7 +31,8 @@ const STEPS: usize = 4;
 Example:
   llamac compare builtin
   llamac compare stories260K/ --dtype bf16 --reference stories260K.safetensors
-  llamac compare model.llamac --checkpoint model/")]
+  llamac compare model.llamac --checkpoint model/
+  llamac compare builtin --level op")]
 pub struct Options {
     /// Model or artifact
     model: String,
@@ -40,6 +42,9 @@ pub struct Options {
     /// Checkpoint that weights and shape should be of [default: MODEL, if it is one]
     #[arg(long, value_name = "MODEL")]
     checkpoint: Option<String>,
+    /// What to judge: logits, or each op on what the program itself fed it
+    #[arg(long, value_enum, default_value_t = Level::Logits)]
+    level: Level,
     /// Dtype of weights and stored values: f32 or bf16 [default: f32 for f32 checkpoints, else bf16]
     #[arg(long, value_parser = dtype, value_name = "DTYPE")]
     dtype: Option<DType>,
@@ -48,11 +53,19 @@ pub struct Options {
     threads: Option<usize>,
 }
 
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Level {
+    /// Each launch of each entry point, by the oracle of its group
+    Op,
+    /// Logits and greedy tokens
+    Logits,
+}
+
 /// What was found.
 #[derive(Default)]
 struct Found {
     /// Lines for the reader: what was judged and how it went.
-    lines: Vec<(&'static str, String)>,
+    lines: Vec<(String, String)>,
     /// The worst share of a bound.
     worst: f64,
     near_ties: usize,
@@ -69,7 +82,8 @@ pub fn compare(options: &Options, screen: &Screen) -> Result<(), CliError> {
     let needed = |r: &Reference| r.prompts.iter().map(|p| p.tokens.len() + p.greedy.len()).max();
     let needed = reference.as_ref().and_then(needed).unwrap_or(LENGTHS[1] + STEPS);
     let ctx = (!matches!(model, Model::Artifact(_))).then_some(needed.min(config.context));
-    let build = BuildOptions { dtype: options.dtype, ctx, random_weights: None, taps: false };
+    let build =
+        BuildOptions { dtype: options.dtype, ctx, random_weights: None, taps: options.level == Level::Op };
     let ready = source::ready(&options.model, &build, screen)?;
 
     let mut found = Found::default();
@@ -87,7 +101,10 @@ pub fn compare(options: &Options, screen: &Screen) -> Result<(), CliError> {
         (None, _) => screen.detail("no checkpoint at hand: weights are not compared"),
     }
     if found.fault.is_none() {
-        by_logits(options, &ready, reference, &mut found)?;
+        match options.level {
+            Level::Op => by_ops(options, &ready, &config, reference.as_ref(), &mut found)?,
+            Level::Logits => by_logits(options, &ready, reference, &mut found)?,
+        }
     }
     tell(options, &found, begin.elapsed().as_secs_f64(), screen)
 }
@@ -103,7 +120,9 @@ fn by_checkpoint(ready: &Ready, checkpoint: &Checkpoint, found: &mut Found) -> R
     let bytes = ready.artifact.require(WEIGHTS)?;
     match weights::weights(bytes, &ready.plan, checkpoint).map_err(llamac::model::ModelError::from)? {
         Ok(tensors) => {
-            found.lines.push(("weights", format!("{tensors} tensors, each bit as in the checkpoint")));
+            found
+                .lines
+                .push(("weights".to_string(), format!("{tensors} tensors, each bit as in the checkpoint")));
         }
         Err(fault) => found.fault = Some(fault),
     }
@@ -116,6 +135,39 @@ fn graphs(ready: &Ready, config: &Config) -> String {
     let request = Request { config, dtype, context: ready.manifest.context };
     let texts: Vec<String> = request.graphs().iter().map(|(graph, _)| graph.to_string()).collect();
     texts.join("\n")
+}
+
+/// Judges each launch, on the longest prompt.
+fn by_ops(
+    options: &Options,
+    ready: &Ready,
+    config: &Config,
+    reference: Option<&Reference>,
+    found: &mut Found,
+) -> Result<(), CliError> {
+    let dtype = DType::from_name(&ready.manifest.dtype).expect("an artifact's dtype is one");
+    let request = Request { config, dtype, context: ready.manifest.context };
+    let target = runtime::cpu::choose(ready.artifact.file(), &ready.manifest)?;
+    let lowered = llamac::compile::lower(&request, &target.name, true)?.lowered;
+    let threads = options.threads.unwrap_or_else(pool::physical_cores);
+    let mut program = Cpu { threads }.open(&ready.artifact)?;
+    let mut weights = InterpretedProgram::load(&ready.artifact, Rounding::Stored)?;
+    let prompts = reference.into_iter().flat_map(|r| &r.prompts).map(|p| p.tokens.clone());
+    let tokens = prompts.max_by_key(Vec::len).unwrap_or_else(|| {
+        let most = LENGTHS[1].min(ready.manifest.context);
+        llamac::reference::ids(config.vocab_size).take(most).collect()
+    });
+    let mut ops = Ops::default();
+    ops.judge(&mut program, &lowered, &mut weights, &tokens)?;
+    for (layer, shares) in &ops.layers {
+        let of = layer.map_or("outside".to_string(), |layer| format!("layer {layer}"));
+        let said = format!("{:.3} of the hard bound, {:.3} of the statistical", shares.hard, shares.typical);
+        found.lines.push((of, said));
+    }
+    found.lines.push(("ops".to_string(), format!("{} launches judged", ops.launches)));
+    found.worst = found.worst.max(ops.worst());
+    found.fault = ops.fault;
+    Ok(())
 }
 
 /// Judges what the program says.
@@ -142,7 +194,7 @@ fn by_logits(
     found.worst = found.worst.max(logits.share);
     let Logits { share, positions, near_ties, steps, .. } = logits;
     found.lines.push((
-        "logits",
+        "logits".to_string(),
         format!(
             "{share:.3} of the bound by {by} at {positions} positions; {near_ties} near ties in {steps} greedy steps"
         ),
@@ -178,7 +230,7 @@ fn tell(options: &Options, found: &Found, seconds: f64, screen: &Screen) -> Resu
             None => format!("in {} s", short(seconds)),
             Some(fault) => fault.to_string(),
         };
-        let mut lines = found.lines.clone();
+        let mut lines: Vec<_> = found.lines.iter().map(|(of, said)| (of.as_str(), said.clone())).collect();
         lines.push((verdict, said));
         print(&pairs(&lines))?;
     }

@@ -1,7 +1,6 @@
 //! Every error of the command with its exit code, and how it is told.
 
 use llamac::model::ModelError;
-use llamac::reference::ReferenceError;
 use models::{ChatError, ReadError, TokenizerError};
 use runtime::artifact::ArtifactError;
 use runtime::device::DeviceError;
@@ -23,7 +22,11 @@ use llamac::check::device::LoadError;
 #[cfg(feature = "compiler")]
 use llamac::check::walk::WalkError;
 #[cfg(feature = "compiler")]
+use llamac::compare::ops::OpsError;
+#[cfg(feature = "compiler")]
 use llamac::compile::CompileError;
+#[cfg(feature = "compiler")]
+use llamac::reference::ReferenceError;
 
 /// Why the command ends, as a number for scripts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -176,9 +179,13 @@ pub enum CliError {
     #[error(transparent)]
     Walk(#[from] WalkError),
     /// A reference file that cannot be used.
-    #[cfg_attr(not(feature = "compiler"), expect(dead_code, reason = "of the program with the compiler"))]
+    #[cfg(feature = "compiler")]
     #[error(transparent)]
     Reference(#[from] ReferenceError),
+    /// Ops that cannot be judged.
+    #[cfg(feature = "compiler")]
+    #[error(transparent)]
+    Ops(#[from] OpsError),
     /// A program that is not what it should be.
     #[cfg(feature = "compiler")]
     #[error("{model} is not what it should be")]
@@ -220,8 +227,16 @@ impl CliError {
                 WalkError::Lower(_) | WalkError::Case { .. } => Exit::Bug,
                 WalkError::Interrupted => Exit::Interrupted,
             },
+            #[cfg(feature = "compiler")]
             CliError::Reference(ReferenceError::Read { .. }) => Exit::Usage,
+            #[cfg(feature = "compiler")]
             CliError::Reference(_) => Exit::Model,
+            #[cfg(feature = "compiler")]
+            CliError::Ops(error) => match error {
+                OpsError::Device(error) => device(error),
+                OpsError::Oracle(_) => Exit::Bug,
+                OpsError::OtherPlan => Exit::Artifact,
+            },
             #[cfg(feature = "compiler")]
             CliError::Mismatch { .. } => Exit::Mismatch,
         }
@@ -291,6 +306,7 @@ impl CliError {
             CliError::Unequal { .. } | CliError::Output(_) => Facts::default(),
             #[cfg(feature = "compiler")]
             CliError::Wrong { .. } | CliError::Walk(_) => Facts::default(),
+            #[cfg(feature = "compiler")]
             CliError::Reference(error) => match error {
                 ReferenceError::Read { file, .. } | ReferenceError::Format { file, .. } => {
                     Facts::default().file(file)
@@ -299,6 +315,10 @@ impl CliError {
                     Facts::of(found, expected).file(file)
                 }
             },
+            #[cfg(feature = "compiler")]
+            CliError::Ops(OpsError::Device(error)) => device_facts(error),
+            #[cfg(feature = "compiler")]
+            CliError::Ops(OpsError::Oracle(_) | OpsError::OtherPlan) => Facts::default(),
             #[cfg(feature = "compiler")]
             CliError::Mismatch { model } => Facts::default().file(Path::new(model)),
         }

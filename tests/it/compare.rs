@@ -3,7 +3,16 @@
 use crate::Checked;
 use crate::command::{Place, Said};
 use crate::skipped::skip;
+use ir::DType;
+use ir::interp::Rounding;
+use ir::op::Op;
 use libtest_mimic::Trial;
+use llamac::compare::ops::Ops;
+use llamac::compile;
+use llamac::pipeline::Request;
+use runtime::artifact::Artifact;
+use runtime::cpu::Cpu;
+use runtime::interpreter::InterpretedProgram;
 use safetensors::SafeTensors;
 use safetensors::tensor::{Dtype, TensorView};
 use serde_json::Value;
@@ -30,6 +39,7 @@ pub fn trials() -> Vec<Trial> {
         trial("compare names swapped heads", swapped),
         trial("compare names another rope theta", theta),
         trial("compare names a flipped bit", flipped),
+        trial("compare names an op", ops),
         trial("compare refuses a damaged reference", damaged),
     ]
 }
@@ -69,7 +79,7 @@ impl Model {
 fn passes(place: &Place, model: &Model) -> Checked<()> {
     let (folder, reference) = (model.folder.display(), model.reference.display());
     for dtype in ["f32", "bf16"] {
-        for how in [String::new(), format!("--reference {reference}")] {
+        for how in [String::new(), format!("--reference {reference}"), "--level op".to_string()] {
             let said = place.ok(&format!("compare {folder} --dtype {dtype} {how} --json")).json();
             assert_eq!((&said["verdict"], &said["first_fault"]), (&"pass".into(), &Value::Null));
             let worst = said["worst"].as_f64().ok_or("no worst")?;
@@ -151,6 +161,38 @@ fn flipped(place: &Place, model: &Model) -> Checked<()> {
         let fault = names(&place.run(&compare), Some(1), "self_attn.o_proj");
         assert_eq!(fault["index"], serde_json::json!([0, 0]));
         assert!(fault["kernel"].is_string(), "{fault}");
+    }
+    Ok(())
+}
+
+/// A program that scales the scores of layer 1 otherwise than its graph says.
+fn ops(place: &Place, model: &Model) -> Checked<()> {
+    for dtype in [DType::F32, DType::BF16] {
+        let folder = model.folder.display().to_string();
+        place.ok(&format!("compile {folder} --dtype {dtype} --taps -o model.llamac"));
+        let artifact = Artifact::open(&place.path("model.llamac"))?;
+        let config = llamac::model::Model::open(&folder)?.config()?;
+        let request = Request { config: &config, dtype, context: config.context };
+        let mut lowered = compile::lower(&request, "cpu:native", true)?.lowered;
+        let mut program = Cpu { threads: 1 }.open(&artifact)?;
+        let mut weights = InterpretedProgram::load(&artifact, Rounding::Stored)?;
+        let tokens = [1, 5, 7, 2, 3];
+        let mut right = Ops::default();
+        right.judge(&mut program, &lowered, &mut weights, &tokens)?;
+        assert!(right.fault.is_none() && right.launches > 0 && right.worst() < 1.0);
+        for graph in lowered.entries.iter_mut().map(|entry| &mut entry.graph) {
+            // An entry point that gives nothing ends before it.
+            let Some(id) = graph.find("l1.a") else { continue };
+            let Op::Attention { scale, .. } = &mut graph.values[id.0 as usize].op else {
+                panic!("no attention")
+            };
+            *scale *= 1.1;
+        }
+        let mut wrong = Ops::default();
+        wrong.judge(&mut program, &lowered, &mut weights, &tokens)?;
+        let fault = wrong.fault.ok_or("the scale was overlooked")?;
+        assert_eq!((fault.layer, fault.op.as_deref()), (Some(1), Some("a")));
+        assert!(fault.kernel.is_some() && fault.index.len() == 3, "{fault}");
     }
     Ok(())
 }

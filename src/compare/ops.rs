@@ -1,0 +1,216 @@
+//! The level `op`: each launch is judged on what the program itself fed it.
+//!
+//! An op's operands are what the launches before it stored, read as soon as they had; so an error is blamed on the op that
+//! made it, and a tensor that was overwritten before its reader came on that reader.
+
+use super::{Fault, Seen, layer_of};
+use crate::check::device::decode;
+use crate::check::memory::{positions, tensor_of};
+use crate::judge::group::expect;
+use crate::judge::{Expected, Mismatch, Shares};
+use crate::pipeline::{Entry, Lowered};
+use ir::DType;
+use ir::dim::MAX_SYMBOLS;
+use ir::families::{Arg, GroupView, storage};
+use ir::graph::ValueId;
+use ir::interp::{InterpError, Tensor};
+use ir::op::Op;
+use runtime::cpu::{CpuProgram, Tap};
+use runtime::device::{DeviceError, Program, Step, Want};
+use runtime::interpreter::InterpretedProgram;
+use std::collections::{BTreeMap, HashMap};
+use std::rc::Rc;
+
+/// Why ops cannot be judged.
+#[derive(Debug, thiserror::Error)]
+pub enum OpsError {
+    /// The device.
+    #[error(transparent)]
+    Device(#[from] DeviceError),
+    /// The oracle.
+    #[error(transparent)]
+    Oracle(#[from] InterpError),
+    /// The artifact was not made by this compiler.
+    #[error("its plan is not the one that this llamac makes: compile it again, or compare at level logits")]
+    OtherPlan,
+}
+
+/// What ops came to.
+#[derive(Clone, Debug, Default)]
+pub struct Ops {
+    /// The worst shares of the bounds in each layer; those outside of layers first.
+    pub layers: BTreeMap<Option<usize>, Shares>,
+    /// Launches that were judged.
+    pub launches: usize,
+    /// The first that is wrong.
+    pub fault: Option<Fault>,
+}
+
+impl Ops {
+    /// Judges every launch of every entry point: the tokens but the last in one step of each kind, then the last in a
+    /// decode step. Stops at the first that is wrong.
+    ///
+    /// `lowered` is what the program was compiled from, `weights` has the same weights.
+    ///
+    /// # Errors
+    ///
+    /// [`OpsError`].
+    pub fn judge(
+        &mut self,
+        program: &mut CpuProgram,
+        lowered: &Lowered,
+        weights: &mut InterpretedProgram,
+        tokens: &[i32],
+    ) -> Result<(), OpsError> {
+        if lowered.plan.to_string() != program.plan().to_string() {
+            return Err(OpsError::OtherPlan);
+        }
+        for want in [Want::Nothing, Want::Logits, Want::AllLogits] {
+            let mut state = program.state()?;
+            let mut caches = BTreeMap::new();
+            let before = tokens.len().saturating_sub(1).min(program.max_tokens(want));
+            let steps = [(&tokens[..before], want), (&tokens[before..][..1], Want::Token)];
+            for (tokens, want) in steps.into_iter().filter(|(tokens, _)| !tokens.is_empty()) {
+                let mut symbols = [0; MAX_SYMBOLS];
+                (symbols[0], symbols[1]) = (tokens.len() as i64, state.past() as i64);
+                let mut walk = Walk { lowered, weights, symbols, tokens, caches, known: HashMap::new() };
+                let mut failed = None;
+                program.run_tapped(&Step { tokens, want }, &mut state, &mut |tap| {
+                    if self.fault.is_none() && failed.is_none() {
+                        failed = self.launch(&mut walk, tap).err();
+                    }
+                })?;
+                caches = walk.caches;
+                if let Some(error) = failed {
+                    return Err(error);
+                }
+                if self.fault.is_some() {
+                    return Ok(());
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// The worst share of a bound.
+    pub fn worst(&self) -> f64 {
+        self.layers.values().map(|shares| shares.hard.max(shares.typical)).fold(0.0, f64::max)
+    }
+
+    /// Judges what one launch stored.
+    fn launch(&mut self, walk: &mut Walk<'_>, tap: Tap<'_>) -> Result<(), OpsError> {
+        let entry = walk.lowered.entries.iter().find(|entry| entry.graph.name == tap.entry.name);
+        let entry = entry.expect("the plan is that of these entry points");
+        let view = &GroupView::all(&entry.graph)[tap.launch];
+        walk.know(view)?;
+        let expected = expect(view, &walk.symbols, &mut |id| walk.known[&id].clone())?;
+        let layer = layer_of(view.name()).0;
+        self.launches += 1;
+        for (&root, expected) in view.roots.iter().zip(&expected) {
+            let found = walk.stored(entry, root, tap);
+            match expected.check(&found) {
+                Ok(shares) => {
+                    let worst = self.layers.entry(layer).or_default();
+                    *worst = worst.worst(shares);
+                }
+                Err(mismatch) if self.fault.is_none() => {
+                    let kernel = &walk.lowered.kernels[entry.launches[tap.launch].kernel];
+                    let value = &entry.graph[root].name;
+                    self.fault = Some(Fault {
+                        kernel: Some(kernel.name.clone()),
+                        schedule: Some(kernel.schedule.clone()),
+                        ..fault(view.name(), value, expected, &found, &mismatch)
+                    });
+                }
+                Err(_) => {}
+            }
+            walk.keep(entry, root, found);
+        }
+        Ok(())
+    }
+}
+
+/// One step, launch by launch.
+struct Walk<'s> {
+    lowered: &'s Lowered,
+    weights: &'s mut InterpretedProgram,
+    symbols: [i64; MAX_SYMBOLS],
+    tokens: &'s [i32],
+    /// What the steps before have stored in the caches, by name; zero where nothing has.
+    caches: BTreeMap<String, Rc<Tensor>>,
+    /// What is stored so far.
+    known: HashMap<ValueId, Rc<Tensor>>,
+}
+
+impl Walk<'_> {
+    /// Brings what a group reads and no launch has stored.
+    fn know(&mut self, view: &GroupView<'_>) -> Result<(), OpsError> {
+        let graph = view.graph;
+        for &id in view.values.iter().flat_map(|&id| &graph[id].operands) {
+            let ty = &graph[id].ty;
+            let zeros = || {
+                let shape: Vec<usize> = ty.shape.iter().map(|d| d.eval(&self.symbols) as usize).collect();
+                let data = vec![0.0; shape.iter().product()];
+                Rc::new(Tensor { dtype: ty.dtype, shape, data })
+            };
+            let past = self.symbols[1];
+            let ids = |data: Vec<f64>| Rc::new(Tensor::new(DType::I32, &[data.len()], &data));
+            let tensor = match &graph[id].op {
+                Op::Weight { name } => self.weights.weight(name, ty)?,
+                Op::State { name } => self.caches.get(name).cloned().unwrap_or_else(zeros),
+                Op::Input { name } if name == "tokens" => {
+                    ids(self.tokens.iter().map(|&t| f64::from(t)).collect())
+                }
+                Op::Input { .. } => ids((past..past + self.symbols[0]).map(|p| p as f64).collect()),
+                _ => continue,
+            };
+            self.known.entry(id).or_insert(tensor);
+        }
+        Ok(())
+    }
+
+    /// What a launch has just stored as `root`.
+    fn stored(&self, entry: &Entry, root: ValueId, tap: Tap<'_>) -> Tensor {
+        let launched = &entry.launches[tap.launch];
+        let place = Arg::Value(storage(&entry.graph, root));
+        let at = launched.args.iter().position(|arg| *arg == place);
+        let at = at.expect("a root is an argument of its launch");
+        let (_, param) =
+            self.lowered.kernels[launched.kernel].params().nth(at).expect("one for each argument");
+        let bytes = tap.bytes(tap.entry.launches[tap.launch].args[at]);
+        let all = decode(param.dtype, &bytes[..bytes.len() / param.dtype.bytes(1) * param.dtype.bytes(1)]);
+        let held: Vec<f64> = positions(param, &self.symbols).0.into_iter().map(|at| all[at]).collect();
+        tensor_of(&entry.graph, root, &self.symbols, &held)
+    }
+
+    fn keep(&mut self, entry: &Entry, root: ValueId, found: Tensor) {
+        let found = Rc::new(found);
+        if let Op::State { name } = &entry.graph[storage(&entry.graph, root)].op {
+            self.caches.insert(name.clone(), found.clone());
+        }
+        self.known.insert(root, found);
+    }
+}
+
+/// Names a wrong result of a group.
+fn fault(group: &str, value: &str, expected: &Expected, found: &Tensor, mismatch: &Mismatch) -> Fault {
+    let (layer, op) = layer_of(group);
+    let (index, seen, exact) = match mismatch {
+        Mismatch::Element { index, found, expected, .. } => {
+            (index.clone(), Seen::Number(*found), Seen::Number(*expected))
+        }
+        // No element alone is wrong: the one that is farthest off stands for them.
+        Mismatch::Spread { .. } => {
+            let off = |at: &usize| (found.data[*at] - expected.exact[*at]).abs();
+            let at = (0..found.data.len()).max_by(|a, b| off(a).total_cmp(&off(b))).unwrap_or(0);
+            let index = crate::judge::index_of(at, &found.shape);
+            (index, Seen::Number(found.data[at]), Seen::Number(expected.exact[at]))
+        }
+        Mismatch::Type { found_dtype, found, expected_dtype, expected } => {
+            let text = |dtype: &DType, shape: &[usize]| Seen::Text(format!("{dtype}{shape:?}"));
+            (Vec::new(), text(found_dtype, found), text(expected_dtype, expected))
+        }
+    };
+    let (op, what) = (Some(op.to_string()), format!("%{value}, {mismatch}"));
+    Fault { layer, op, kernel: None, schedule: None, index, found: seen, expected: exact, what }
+}
