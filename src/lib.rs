@@ -8,7 +8,7 @@
 //! * [`eval`]: how well a model predicts text, over any device.
 //! * [`profile`]: the time of each kernel of a step.
 //! * [`judge`]: what counts as right; the only place with tolerances.
-//! * [`reference`]: files that say what a model's logits are; [`compare`]: a program against them and the checkpoint.
+//! * [`mod@reference`]: files that say what a model's logits are; [`compare`]: a program against them and the checkpoint.
 //! * [`measure`] (feature `compiler`): the time of one kernel alone.
 //! * [`check`] (feature `compiler`): kernels judged one by one.
 //! * [`compile`] (feature `compiler`): code for each target, and the artifact.
