@@ -316,7 +316,8 @@ fn products_in_registers() -> Checked<()> {
             let code = kernels_of(&assembly(&module(std::slice::from_ref(kernel), &level), &level)?);
             let multiply = multiply(kernel, &level).ok_or("a product multiplies")?;
             let product = innermost_loop(&code, multiply).ok_or("a product is a loop")?;
-            if product.contains("%rsp") {
+            // An address may be there; a vector may not.
+            if product.lines().any(|line| line.contains("%rsp") && line.contains("%zmm")) {
                 return Err(format!(
                     "{name} {dtype}, @{}: on the stack in its loop:\n{product}",
                     kernel.name
