@@ -108,14 +108,16 @@ fn json_fields() {
             ("/digest", text), ("/sections/0/digest", text)]),
     ];
     for (arguments, fields) in cases {
-        let said = place.ok(&format!("{arguments} --json"));
+        let said = place.run(&format!("{arguments} --json"));
+        // On a busy machine a ceiling may come out too low: `bench` gives its figures, and then says that.
+        let busy = said.exit == Some(1) && said.err.contains("of its ceiling");
+        assert!(busy || said.exit == Some(0) && said.err.is_empty(), "{said:?}");
         let found = said.json();
         for (pointer, is) in fields {
             let field =
                 found.pointer(pointer).unwrap_or_else(|| panic!("{arguments}: no {pointer} in {found}"));
             assert!(is(field), "{arguments}: {pointer} is {field}");
         }
-        assert_eq!(said.err, "", "{arguments}");
     }
     let of = |arguments: &str| place.ok(&format!("{arguments} --json")).json();
     let memory = of("plan builtin")["memory"].clone();
@@ -386,10 +388,9 @@ fn interrupt() {
             assert!(Instant::now() < deadline, "no weights after a minute");
             std::thread::sleep(Duration::from_millis(5));
         }
-        let sent = Command::new("kill")
-            .args(["-s", signal, &child.id().to_string()])
-            .status()
-            .expect("a kill command");
+        // A shell has `kill` in itself; the program is in a package that a small system may lack.
+        let kill = format!("kill -s {signal} {}", child.id());
+        let sent = Command::new("sh").args(["-c", &kill]).status().expect("a shell");
         assert!(sent.success());
         let said = Said::from(arguments.to_string(), child.wait_with_output().expect("its end"));
         assert_eq!((said.exit, said.err.as_str()), (Some(130), "error: interrupted\n"), "SIG{signal}");
@@ -422,6 +423,7 @@ fn colour() {
             .env("TERM", "xterm")
             .output()
             .ok()
+            .filter(|output| output.status.success())
             .map(|output| String::from_utf8_lossy(&output.stdout).into_owned())
     };
     match (on_terminal(false), on_terminal(true)) {
@@ -429,7 +431,7 @@ fn colour() {
             assert!(coloured.contains("\x1b[1;31merror"), "{coloured:?}");
             assert!(plain.contains("error: none") && !plain.contains('\x1b'), "{plain:?}");
         }
-        _ => skip("cli colour on a terminal", "there is no program `script`"),
+        _ => skip("cli colour on a terminal", "there is no program `script`, or no terminal for it"),
     }
 }
 
