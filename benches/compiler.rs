@@ -18,7 +18,7 @@ use std::ops::ControlFlow;
 const TARGET: &str = "cpu:x86-64-v4";
 
 fn request(config: &Config) -> Request<'_> {
-    Request { config, dtype: DType::BF16, context: 2048.min(config.context) }
+    Request { config, dtype: DType::BF16, context: 2048.min(config.context), measured: None }
 }
 
 fn preset(name: &str) -> Config {

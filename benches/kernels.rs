@@ -35,7 +35,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let tokens: usize = free.get(2).map_or(Ok(512), |t| t.parse())?;
 
     let config = models::preset(preset).ok_or("no such preset")?;
-    let request = Request { config: &config, dtype, context: 2048.min(config.context) };
+    let request = Request { config: &config, dtype, context: 2048.min(config.context), measured: None };
     let level = codegen::cpu::level("cpu:native")?;
     let lowered = lower(&request, &level.target)?;
     let number =

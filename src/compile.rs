@@ -1,6 +1,7 @@
 //! Compiling a model into an artifact.
 
 use crate::pipeline::{self, Request};
+use crate::tune::table::{Choices, Table};
 use crate::weights::{self, Source};
 use codegen::cpu::{CodegenError, Form, Level};
 use ir::DType;
@@ -36,6 +37,8 @@ pub struct Options<'a> {
     pub targets: Vec<String>,
     /// Taps beside the entry points: see [`codegen::lower`].
     pub taps: bool,
+    /// Schedules that were measured.
+    pub measured: Option<&'a Choices>,
     /// Folder for each stage's text, one folder a target in it.
     pub keep: Option<&'a Path>,
 }
@@ -204,7 +207,8 @@ pub fn compile(
 ) -> Result<Seconds, CompileError> {
     let begin = Instant::now();
     let mut seconds = Seconds::default();
-    let request = Request { config: options.config, dtype: options.dtype, context: options.context };
+    let (config, dtype, context) = (options.config, options.dtype, options.context);
+    let request = Request { config, dtype, context, measured: options.measured };
     let mut codes = Vec::new();
     for target in &options.targets {
         check(progress(Progress::Code(target)))?;
@@ -236,6 +240,10 @@ pub fn compile(
         section(&mut writer, &target.plan_section(), code.lowered.plan.to_string().as_bytes())?;
         section(&mut writer, &target.code_section(), linked)?;
         targets.push(target);
+    }
+    if let Some(choices) = options.measured {
+        let taken = codes.iter().flat_map(|(code, _)| code.lowered.taken(&code.level.name, choices)).collect();
+        section(&mut writer, manifest::TUNING, Table { records: taken }.to_string().as_bytes())?;
     }
     let graph = codes[0].0.text(&request, Stage::Graph)?;
     section(&mut writer, manifest::GRAPH, graph.as_bytes())?;

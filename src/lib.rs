@@ -11,6 +11,7 @@
 //! * [`mod@reference`]: files that say what a model's logits are; [`compare`]: a program against them and the checkpoint.
 //! * [`measure`] (feature `compiler`): the time of one kernel alone.
 //! * [`check`] (feature `compiler`): kernels judged one by one.
+//! * [`tune`]: schedules chosen by measuring.
 //! * [`compile`] (feature `compiler`): code for each target, and the artifact.
 
 #[cfg(feature = "compiler")]
@@ -28,4 +29,5 @@ pub mod pipeline;
 pub mod predict;
 pub mod profile;
 pub mod reference;
+pub mod tune;
 pub mod weights;

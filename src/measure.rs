@@ -9,13 +9,15 @@ use ir::cost::cost;
 use ir::dim::MAX_SYMBOLS;
 use ir::dtype::DType;
 use ir::families::{Arg, GroupView, Lowered};
-use ir::kernel::Buffer;
+use ir::kernel::{Access, Buffer, Kernel, Space};
 use ir::op::Op;
 use ir::plan::{Cost, Entry, Give, Launch, Place, Plan, PlanBuffer, PlanKernel};
 use ir::random::Rng;
 use runtime::code::{Code, CodeError, Guarded};
 use runtime::map::MapError;
 use runtime::meter;
+use std::cell::RefCell;
+use std::rc::Rc;
 use std::time::Instant;
 
 /// Bytes of all copies of the buffers, at least: more than caches hold.
@@ -39,45 +41,37 @@ pub enum MeasureError {
     /// There is no memory for its buffers.
     #[error(transparent)]
     Memory(#[from] MapError),
+    /// It is not right.
+    #[error("the kernel writes beside its buffers")]
+    Strayed,
 }
 
-/// A kernel with what it runs on.
-pub struct Alone {
-    code: Code,
+/// What a kernel runs on: one buffer a parameter, in several copies.
+pub struct Operands {
     /// Copies, each with one buffer a parameter.
     copies: Vec<Vec<Guarded>>,
+    /// Bytes of each parameter.
+    sizes: Vec<usize>,
     turn: usize,
     symbols: [i64; MAX_SYMBOLS],
-    /// FLOPs and bytes of one run.
-    pub cost: Cost,
 }
 
-impl Alone {
-    /// Compiles the kernel of a group, and makes buffers for `tokens` tokens after `past` others. `warm`: one copy of the
-    /// buffers, so that what fits a cache stays there.
+impl Operands {
+    /// Buffers for `tokens` tokens after `past` others. `warm`: one copy, so that what fits a cache stays there.
     ///
     /// # Errors
     ///
-    /// When LLVM or the linker fails, or memory is refused.
+    /// When memory is refused.
     pub fn new(
         view: &GroupView<'_>,
         lowered: &Lowered,
-        level: &Level,
-        threads: usize,
         [tokens, past]: [usize; 2],
         warm: bool,
-    ) -> Result<Alone, MeasureError> {
-        let kernel = &lowered.kernel;
+    ) -> Result<Operands, MapError> {
         let mut symbols = [0; MAX_SYMBOLS];
         (symbols[0], symbols[1]) = (tokens as i64, past as i64);
-        let params: Vec<&Buffer> = kernel.params().map(|(_, buffer)| buffer).collect();
-        let sizes: Vec<usize> = params.iter().map(|b| buffer_bytes(b, &symbols)).collect();
-        let plan = one_launch(&kernel.name, view, &sizes);
-        let llvm = codegen::lower::module(&plan, std::slice::from_ref(kernel), level.features, false);
-        let object = codegen::cpu::compile(&llvm, level, Form::Object)?;
-        let object = codegen::link::link(&object)?;
-        let code = Code::load(&object, [ENTRY], threads)?;
-
+        let params: Vec<&Buffer> = lowered.kernel.params().map(|(_, buffer)| buffer).collect();
+        let sizes = sizes(&lowered.kernel, &symbols);
         let whole: usize = sizes.iter().sum::<usize>().max(1);
         let copies = if warm { 1 } else { COLD_BYTES.div_ceil(whole).clamp(1, MOST_COPIES) };
         let copies = (0..copies).map(|_| {
@@ -91,16 +85,107 @@ impl Alone {
             params.map(buffer).collect::<Result<Vec<Guarded>, MapError>>()
         });
         let copies = copies.collect::<Result<_, _>>()?;
-        let cost = cost(view, &symbols, past as i64);
-        Ok(Alone { code, copies, turn: 0, symbols, cost })
+        Ok(Operands { copies, sizes, turn: 0, symbols })
+    }
+
+    /// Bytes of all copies.
+    pub fn bytes(&self) -> usize {
+        self.copies.len() * self.sizes.iter().sum::<usize>()
+    }
+
+    /// Has each parameter of the kernel a buffer of its size?
+    pub fn fit(&self, kernel: &Kernel) -> bool {
+        self.sizes == sizes(kernel, &self.symbols)
+    }
+}
+
+/// A kernel with what it runs on. Kernels of one group may share operands.
+pub struct Alone {
+    code: Code,
+    operands: Rc<RefCell<Operands>>,
+    /// Parameters that it writes and does not read.
+    writes: Vec<usize>,
+    /// FLOPs and bytes of one run.
+    pub cost: Cost,
+}
+
+impl Alone {
+    /// Compiles the kernel of a group, and makes buffers for it: see [`Operands::new`].
+    ///
+    /// # Errors
+    ///
+    /// When LLVM or the linker fails, or memory is refused.
+    pub fn new(
+        view: &GroupView<'_>,
+        lowered: &Lowered,
+        level: &Level,
+        threads: usize,
+        step: [usize; 2],
+        warm: bool,
+    ) -> Result<Alone, MeasureError> {
+        let operands = Operands::new(view, lowered, step, warm)?;
+        Alone::on(view, lowered, level, threads, Rc::new(RefCell::new(operands)))
+    }
+
+    /// Compiles the kernel of a group, to run on `operands` that fit it.
+    ///
+    /// # Errors
+    ///
+    /// When LLVM or the linker fails.
+    ///
+    /// # Panics
+    ///
+    /// If the operands do not fit.
+    pub fn on(
+        view: &GroupView<'_>,
+        lowered: &Lowered,
+        level: &Level,
+        threads: usize,
+        operands: Rc<RefCell<Operands>>,
+    ) -> Result<Alone, MeasureError> {
+        let kernel = &lowered.kernel;
+        assert!(operands.borrow().fit(kernel), "operands of another kernel");
+        let plan = one_launch(&kernel.name, view, kernel.params().count());
+        let llvm = codegen::lower::module(&plan, std::slice::from_ref(kernel), level.features, false);
+        let object = codegen::cpu::compile(&llvm, level, Form::Object)?;
+        let object = codegen::link::link(&object)?;
+        let code = Code::load(&object, [ENTRY], threads)?;
+        let symbols = operands.borrow().symbols;
+        let cost = cost(view, &symbols, symbols[1]);
+        let writes = kernel.params().enumerate().filter(|(_, (_, b))| b.space == Space::Global(Access::Write));
+        let writes = writes.map(|(number, _)| number).collect();
+        Ok(Alone { code, operands, writes, cost })
     }
 
     /// Runs once; gives the seconds.
     pub fn run(&mut self) -> f64 {
-        self.turn = (self.turn + 1) % self.copies.len();
+        let operands = &mut *self.operands.borrow_mut();
+        operands.turn = (operands.turn + 1) % operands.copies.len();
         let start = Instant::now();
-        self.code.run_on(0, &mut self.copies[self.turn], self.symbols);
+        self.code.run_on(0, &mut operands.copies[operands.turn], operands.symbols);
         start.elapsed().as_secs_f64()
+    }
+
+    /// Digest of the bits that a run writes; what it leaves out shows too.
+    ///
+    /// # Errors
+    ///
+    /// When it writes beside its buffers.
+    pub fn result(&mut self) -> Result<[u8; 32], MeasureError> {
+        /// As f32 or bf16 a number that no kernel gives here.
+        const UNWRITTEN: u8 = 0x7B;
+        let operands = &mut *self.operands.borrow_mut();
+        let copy = &mut operands.copies[0];
+        self.writes.iter().for_each(|&at| copy[at].bytes_mut().fill(UNWRITTEN));
+        self.code.run_on(0, copy, operands.symbols);
+        if copy.iter().any(|buffer| !buffer.is_intact()) {
+            return Err(MeasureError::Strayed);
+        }
+        let mut hasher = blake3::Hasher::new();
+        for &at in &self.writes {
+            hasher.update(copy[at].bytes());
+        }
+        Ok(hasher.finalize().into())
     }
 
     /// Runs for about `seconds`, but at least three times; gives the median seconds of a run.
@@ -114,6 +199,11 @@ impl Alone {
     }
 }
 
+/// Bytes of each parameter.
+fn sizes(kernel: &Kernel, symbols: &[i64; MAX_SYMBOLS]) -> Vec<usize> {
+    kernel.params().map(|(_, buffer)| buffer_bytes(buffer, symbols)).collect()
+}
+
 /// Bytes from the first to the last element.
 fn buffer_bytes(buffer: &Buffer, symbols: &[i64; MAX_SYMBOLS]) -> usize {
     let reach = |(extent, stride): (&ir::Dim, &i64)| (extent.eval(symbols) - 1).max(0) * stride;
@@ -122,20 +212,17 @@ fn buffer_bytes(buffer: &Buffer, symbols: &[i64; MAX_SYMBOLS]) -> usize {
 }
 
 /// A program of one launch.
-fn one_launch(kernel: &str, view: &GroupView<'_>, sizes: &[usize]) -> Plan {
-    let buffer = |(number, &bytes): (usize, &usize)| PlanBuffer {
-        name: number.to_string(),
-        place: Place::State,
-        dtype: DType::U8,
-        bytes,
-    };
-    let launch = Launch { kernel: 0, args: (0..sizes.len()).collect(), cost: Cost::default() };
+fn one_launch(kernel: &str, view: &GroupView<'_>, params: usize) -> Plan {
+    let buffer =
+        |number: usize| PlanBuffer { name: number.to_string(), place: Place::State, dtype: DType::U8, bytes: 0 };
+    let launch = Launch { kernel: 0, args: (0..params).collect(), cost: Cost::default() };
     Plan {
-        buffers: sizes.iter().enumerate().map(buffer).collect(),
+        buffers: (0..params).map(buffer).collect(),
         kernels: vec![PlanKernel {
             name: kernel.to_string(),
             family: view.family(),
             schedule: String::new(),
+            measured: false,
         }],
         entries: vec![Entry {
             name: ENTRY.to_string(),

@@ -1,8 +1,9 @@
 //! The MODEL argument of every verb: a directory, a GGUF file, an artifact, `preset:NAME` or `builtin`.
 
+use crate::tune::table::{Choices, Table};
 use models::{Checkpoint, Config, ReadError};
 use runtime::artifact::{Artifact, ArtifactError, MAGIC};
-use runtime::manifest::{CHAT_TEMPLATE, Manifest, TOKENIZER};
+use runtime::manifest::{CHAT_TEMPLATE, Manifest, TOKENIZER, TUNING};
 use runtime::map::{FileBytes, MapError, map_file};
 use std::fs::File;
 use std::io::{self, Read};
@@ -82,6 +83,19 @@ impl Model {
                 config.map_err(|source| ArtifactError::Manifest { file: file.to_path_buf(), source }.into())
             }
         }
+    }
+
+    /// The measured schedules that an artifact was compiled with; none of other models.
+    ///
+    /// # Errors
+    ///
+    /// [`ModelError::Artifact`] if its section has something else.
+    pub fn choices(&self) -> Result<Choices, ModelError> {
+        let Model::Artifact(artifact) = self else { return Ok(Choices::default()) };
+        let text = String::from_utf8_lossy(artifact.section(TUNING).unwrap_or_default());
+        let bad = |source| ArtifactError::Manifest { file: artifact.file().to_path_buf(), source };
+        let table = Table::parse(&text).map_err(|line| bad(line.source))?;
+        Ok(Choices::of(table.records.iter()))
     }
 
     /// Its `tokenizer.json`, if it has a tokenizer.

@@ -1,10 +1,13 @@
 //! From a config to kernels and a plan: every stage of a compilation, each of which can be looked at.
 
-use ir::families::LowerError;
+use crate::tune::table::{Choices, Record, digest};
+use ir::families::{GroupView, LowerError};
+use ir::families::alone::signature;
 use ir::graph::Graph;
 use ir::kernel::Kernel;
 use ir::passes::Run;
 use ir::passes::lower::{Kernels, Launched};
+use ir::passes::schedule::pin;
 use ir::plan::{Give, Plan};
 use ir::target::Target;
 use ir::{DType, passes};
@@ -26,6 +29,8 @@ pub struct Request<'a> {
     pub dtype: DType,
     /// Positions that a sequence may have.
     pub context: usize,
+    /// Schedules that were measured: they are taken, and the model of cost chooses the others.
+    pub measured: Option<&'a Choices>,
 }
 
 impl Request<'_> {
@@ -67,6 +72,21 @@ pub struct Lowered {
     pub seconds: Vec<(&'static str, f64)>,
 }
 
+impl Lowered {
+    /// The records of the choices that groups took for a target, each once.
+    pub fn taken(&self, target: &str, choices: &Choices) -> Vec<Record> {
+        let groups = self.entries.iter().flat_map(|entry| GroupView::all(&entry.graph));
+        let measured = groups.filter(|view| view.graph.groups[view.id.0 as usize].measured);
+        let mut taken: Vec<Record> = Vec::new();
+        for record in measured.filter_map(|view| choices.get(target, &digest(&signature(&view)))) {
+            if !taken.contains(record) {
+                taken.push(record.clone());
+            }
+        }
+        taken
+    }
+}
+
 /// Runs every pass on every entry point.
 ///
 /// # Errors
@@ -76,6 +96,13 @@ pub fn lower(request: &Request<'_>, target: &Target) -> Result<Lowered, LowerErr
     let mut seconds = Vec::new();
     let mut graphs = timed(&mut seconds, "graph", || request.graphs());
     for pass in &passes::PASSES {
+        if let (Some(choices), "schedule") = (request.measured, pass.name) {
+            graphs.iter_mut().for_each(|(graph, _)| {
+                pin(graph, &|view| {
+                    choices.get(&target.name, &digest(&signature(view))).map(|record| record.schedule.clone())
+                })
+            });
+        }
         timed(&mut seconds, pass.name, || match pass.run {
             Run::Graph(run) => graphs.iter_mut().try_for_each(|(graph, _)| run(graph, target)),
             Run::Graphs(run) => {

@@ -45,8 +45,9 @@ pub fn cost(view: &GroupView<'_>, symbols: &[i64; MAX_SYMBOLS], past: i64) -> Co
             }
             read.push(operand);
             total.bytes += match value.op {
-                // Only the rows picked.
+                // Only what is picked.
                 Op::Gather if number == 0 => bytes(id),
+                Op::Slice { .. } => bytes(id),
                 _ => bytes(operand),
             };
         }

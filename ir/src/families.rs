@@ -4,6 +4,7 @@
 //! family's own algorithm (what is done to a tile when it is loaded or stored) are inlined by [`access`].
 
 pub mod access;
+pub mod alone;
 pub mod attention;
 pub mod dot;
 pub mod elementwise;

@@ -157,6 +157,8 @@ pub struct Group {
     pub family: Family,
     /// Chosen by the `schedule` pass: the text form of the family's schedule.
     pub schedule: Option<String>,
+    /// Was the schedule chosen by measuring, and not by the family's model of cost?
+    pub measured: bool,
     /// Remarks that passes left, printed as comments above the group.
     pub remarks: Vec<String>,
 }

@@ -8,7 +8,7 @@
 //! op     = word [string | numbers | %name ("," %name)*] ["{" field ("," field)* "}"]
 //! type   = word "[" [dim ("," dim)*] "]"
 //! dim    = ["-"] term (("+" | "-") term)*         term = int ["*" word] | word
-//! group  = "group" @name ":" word ["," "schedule" string] "{" value* "}"
+//! group  = "group" @name ":" word ["," "schedule" string ["measured"]] "{" value* "}"
 //! pack   = "pack" @name ":" word "{" n, k, word, "streams" "=" "[" stream ("," stream)* "]" "}"
 //! stream = %name "[" ("n" | "n" "/" int "*" int "+" "n" "%" int) ["+" int] "]"
 //! output = "output" string "=" %name ":" type
@@ -696,14 +696,18 @@ impl<'a> Parser<'a> {
             let known: Vec<_> = Family::ALL.iter().map(|f| f.name()).collect();
             place.fault(unknown("family", family, &known.join(" ")))
         })?;
-        let mut schedule = None;
+        let (mut schedule, mut measured) = (None, false);
         if self.accept(',') {
             self.keyword("`schedule`")?;
             schedule = Some(self.text()?);
+            measured = self.peek().kind == Kind::Word("measured");
+            if measured {
+                self.next();
+            }
         }
         self.sign("`{`")?;
         let id = GroupId(self.graph.groups.len() as u32);
-        self.graph.groups.push(Group { name: name.to_string(), family, schedule, remarks });
+        self.graph.groups.push(Group { name: name.to_string(), family, schedule, measured, remarks });
         loop {
             let remarks = self.remarks();
             let token = self.next();
@@ -871,8 +875,10 @@ mod tests {
             }
             if !open || rng.below(3) == 0 {
                 let schedule = (rng.below(2) == 0).then(|| "mr 6, nr 4".to_string());
+                let measured = schedule.is_some() && rng.below(2) == 0;
                 let (name, remarks) = (format!("g.{}", graph.groups.len()), remark(rng));
-                graph.groups.push(Group { name, family: rng.pick(&Family::ALL), schedule, remarks });
+                let family = rng.pick(&Family::ALL);
+                graph.groups.push(Group { name, family, schedule, measured, remarks });
                 open = true;
             }
             graph[id].group = Some(GroupId(graph.groups.len() as u32 - 1));

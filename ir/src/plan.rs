@@ -102,6 +102,15 @@ pub struct PlanKernel {
     pub family: Family,
     /// Text of its schedule.
     pub schedule: String,
+    /// Was the schedule chosen by measuring, and not by the family's model of cost?
+    pub measured: bool,
+}
+
+impl PlanKernel {
+    /// How its schedule was chosen, in a word.
+    pub fn source(&self) -> &'static str {
+        if self.measured { "measured" } else { "predicted" }
+    }
 }
 
 /// What an entry point gives back.

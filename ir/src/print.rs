@@ -88,12 +88,13 @@ fn packs_by_place(graph: &Graph) -> Vec<(ValueId, usize)> {
     places
 }
 
-/// A group's first line, without the brace: `group @l0.qkv : dot, schedule "mr 6, nr 4"`.
+/// A group's first line, without the brace: `group @l0.qkv : dot, schedule "mr 6, nr 4" measured`.
 pub fn group_head(group: &Group) -> String {
-    let Group { name, family, schedule, remarks: _ } = group;
+    let Group { name, family, schedule, measured, remarks: _ } = group;
     let mut text = format!("group @{name} : {}", family.name());
     if let Some(schedule) = schedule {
         text += &format!(", schedule {}", quoted(schedule));
+        text += if *measured { " measured" } else { "" };
     }
     text
 }

@@ -42,6 +42,13 @@ impl Cpu {
     }
 }
 
+/// This CPU's name, as the system has it.
+pub fn model_name() -> String {
+    let text = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let name = text.lines().find_map(|line| line.strip_prefix("model name")?.split_once(':'));
+    name.map_or(std::env::consts::ARCH.to_string(), |(_, name)| name.trim().to_string())
+}
+
 /// Features of this CPU that artifacts may require.
 pub fn features() -> Vec<&'static str> {
     let known = ["avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "avx512f", "avx512bw", "avx512cd", "avx512dq"];

@@ -63,3 +63,5 @@ pub const TOKENIZER: &str = "tokenizer";
 pub const CHAT_TEMPLATE: &str = "chat_template";
 /// Section of the weights.
 pub const WEIGHTS: &str = "weights";
+/// Section of the records of the tuning table that schedules were taken from: one JSON object a line.
+pub const TUNING: &str = "tuning";

@@ -134,7 +134,7 @@ impl Compiled {
             let (name, family, schedule) = (kernel.name.clone(), kernel.family, kernel.schedule.clone());
             let args = (0..kernel.params().count()).collect();
             let launches = vec![Launch { kernel: number, args, cost: Cost::default() }];
-            plan.kernels.push(PlanKernel { name, family, schedule });
+            plan.kernels.push(PlanKernel { name, family, schedule, measured: false });
             plan.entries.push(Entry {
                 name: format!("launch.{number}"),
                 symbols: kernel.symbols.clone(),

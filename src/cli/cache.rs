@@ -35,6 +35,9 @@ pub fn place(argument: &str, model: &Model, build: &BuildOptions) -> Result<Path
     }
     add(&format!("{:?} {:?} {}", build.random_weights, build.dtype(model), build.taps));
     add(&build.context(model.config()?.context).to_string());
+    if let Some(table) = &build.tune_db {
+        add(&fs::read_to_string(table).map_err(|source| CliError::Read { file: table.clone(), source })?);
+    }
     let level = codegen::cpu::level("cpu:native").map_err(llamac::compile::CompileError::from)?;
     add(&format!("{} {}", level.cpu, level.llvm_features));
     add(&format!("{} {}", env!("CARGO_PKG_VERSION"), codegen::cpu::llvm_version()));

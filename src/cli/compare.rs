@@ -83,7 +83,7 @@ pub fn compare(options: &Options, screen: &Screen) -> Result<(), CliError> {
     let needed = reference.as_ref().and_then(needed).unwrap_or(LENGTHS[1] + STEPS);
     let ctx = (!matches!(model, Model::Artifact(_))).then_some(needed.min(config.context));
     let build =
-        BuildOptions { dtype: options.dtype, ctx, random_weights: None, taps: options.level == Level::Op };
+        BuildOptions { dtype: options.dtype, ctx, taps: options.level == Level::Op, ..BuildOptions::default() };
     let ready = source::ready(&options.model, &build, screen)?;
 
     let mut found = Found::default();
@@ -132,7 +132,7 @@ fn by_checkpoint(ready: &Ready, checkpoint: &Checkpoint, found: &mut Found) -> R
 /// The text of a config's graphs, as an artifact would hold it.
 fn graphs(ready: &Ready, config: &Config) -> String {
     let dtype = DType::from_name(&ready.manifest.dtype).expect("an artifact's dtype is one");
-    let request = Request { config, dtype, context: ready.manifest.context };
+    let request = Request { config, dtype, context: ready.manifest.context, measured: None };
     let texts: Vec<String> = request.graphs().iter().map(|(graph, _)| graph.to_string()).collect();
     texts.join("\n")
 }
@@ -146,7 +146,8 @@ fn by_ops(
     found: &mut Found,
 ) -> Result<(), CliError> {
     let dtype = DType::from_name(&ready.manifest.dtype).expect("an artifact's dtype is one");
-    let request = Request { config, dtype, context: ready.manifest.context };
+    let choices = ready.model_choices()?;
+    let request = Request { config, dtype, context: ready.manifest.context, measured: choices.as_ref() };
     let target = runtime::cpu::choose(ready.artifact.file(), &ready.manifest)?;
     let lowered = llamac::compile::lower(&request, &target.name, true)?.lowered;
     let threads = options.threads.unwrap_or_else(pool::physical_cores);

@@ -126,6 +126,7 @@ pub fn to_file(request: &Request<'_>, file: &Path, screen: &Screen) -> Result<Se
         }
     };
     let chat_template = model.chat_template();
+    let choices = build.choices(screen)?;
     let options = compile::Options {
         model: name_of(argument),
         config: &config,
@@ -136,6 +137,7 @@ pub fn to_file(request: &Request<'_>, file: &Path, screen: &Screen) -> Result<Se
         context: build.context(config.context),
         targets: targets.clone(),
         taps: *taps,
+        measured: choices.as_ref(),
         keep: *keep,
     };
     // Hidden where stderr is no terminal.

@@ -72,7 +72,7 @@ impl Side {
 }
 
 pub fn diff(options: &Options, screen: &Screen) -> Result<(), CliError> {
-    let [a, b] = [open(options, 0)?, open(options, 1)?];
+    let [a, b] = [open(options, 0, screen)?, open(options, 1, screen)?];
     let compiled = |side: &Side| side.artifact.is_some() || side.target.is_none();
     let lowered = [&a, &b].into_iter().filter(|side| !compiled(side)).count();
     let targets = [&a, &b].into_iter().filter(|side| side.target.is_some()).count();
@@ -127,7 +127,7 @@ pub fn diff(options: &Options, screen: &Screen) -> Result<(), CliError> {
 }
 
 /// Opens a side: the text of a plan, an artifact's plan, or a model's, which is made.
-fn open(options: &Options, number: usize) -> Result<Side, CliError> {
+fn open(options: &Options, number: usize, screen: &Screen) -> Result<Side, CliError> {
     let argument = [&options.a, &options.b][number].clone();
     if let Some(plan) = plan_file(Path::new(&argument))? {
         return Ok(Side { argument, plan, artifact: None, target: None });
@@ -153,8 +153,8 @@ fn open(options: &Options, number: usize) -> Result<Side, CliError> {
         return Ok(Side { argument, plan, artifact: Some(*artifact), target });
     }
     let (dtype, ctx) = (of(&options.dtype, number).copied(), of(&options.ctx, number).copied());
-    let build = BuildOptions { dtype, ctx, random_weights: None, taps: false };
-    let lowering = Lowering::of(&model, &build, target.map(String::as_str))?;
+    let build = BuildOptions { dtype, ctx, ..BuildOptions::default() };
+    let lowering = Lowering::of(&model, &build, target.map(String::as_str), screen)?;
     let plan = lower(&lowering.request(), &lowering.target, false)?.lowered.plan;
     Ok(Side { argument, plan, artifact: None, target: Some(lowering.target) })
 }

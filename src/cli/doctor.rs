@@ -43,7 +43,7 @@ pub fn doctor(_: &Options, screen: &Screen) -> Result<(), CliError> {
     let read = bf16.read_bytes_per_s.max(f32.read_bytes_per_s);
     let features = runtime::cpu::features();
     let parts = parts();
-    let cpu = cpu_name();
+    let cpu = runtime::cpu::model_name();
     let (total, available) = (map::total_bytes(), map::available_bytes());
     if screen.json {
         return print_json(&json!({
@@ -135,12 +135,6 @@ fn cache_folder() -> String {
 #[cfg(not(feature = "compiler"))]
 fn cache_folder() -> String {
     "none: nothing is compiled".to_string()
-}
-
-fn cpu_name() -> String {
-    let text = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    let name = text.lines().find_map(|line| line.strip_prefix("model name")?.split_once(':'));
-    name.map_or(env::consts::ARCH.to_string(), |(_, name)| name.trim().to_string())
 }
 
 /// The driver's version, and its library if that is there too; the GPUs that it has.

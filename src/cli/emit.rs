@@ -83,7 +83,7 @@ pub fn emit(options: &Options, screen: &Screen) -> Result<(), CliError> {
         Some(_) => options.target.as_deref(),
         None => Some(options.target.as_deref().unwrap_or(nvptx::SM_80)),
     };
-    let lowering = Lowering::of(&model, &options.build, target)?;
+    let lowering = Lowering::of(&model, &options.build, target, screen)?;
     let request = lowering.request();
     let text = match stage {
         Some(stage) => one_stage(options, stage, &request, &lowering.target)?,

@@ -1,6 +1,7 @@
 //! Every error of the command with its exit code, and how it is told.
 
 use llamac::model::ModelError;
+use llamac::tune::table::TableError;
 use models::{ChatError, ReadError, TokenizerError};
 use runtime::artifact::ArtifactError;
 use runtime::device::DeviceError;
@@ -27,6 +28,8 @@ use llamac::compare::ops::OpsError;
 use llamac::compile::CompileError;
 #[cfg(feature = "compiler")]
 use llamac::reference::ReferenceError;
+#[cfg(feature = "compiler")]
+use llamac::tune::search::SearchError;
 
 /// Why the command ends, as a number for scripts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -89,6 +92,14 @@ pub enum CliError {
     #[cfg(feature = "compiler")]
     #[error(transparent)]
     Compile(#[from] CompileError),
+    /// A tuning table.
+    #[cfg_attr(not(feature = "compiler"), expect(dead_code, reason = "of the program with the compiler"))]
+    #[error(transparent)]
+    Table(#[from] TableError),
+    /// Tuning.
+    #[cfg(feature = "compiler")]
+    #[error(transparent)]
+    Search(#[from] SearchError),
     /// The device cannot load or run.
     #[error(transparent)]
     Device(#[from] DeviceError),
@@ -206,6 +217,17 @@ impl CliError {
             CliError::Model(error) => model(error),
             #[cfg(feature = "compiler")]
             CliError::Compile(error) => compile(error),
+            CliError::Table(error) => match error {
+                TableError::Io { source, .. } if source.kind() != io::ErrorKind::NotFound => write_failed(source),
+                TableError::Io { .. } | TableError::Locked { .. } => Exit::Usage,
+                TableError::Record { .. } => Exit::Model,
+            },
+            #[cfg(feature = "compiler")]
+            CliError::Search(error) => match error {
+                SearchError::Table(_) => Exit::Room,
+                SearchError::Start { .. } => Exit::Device,
+                SearchError::Interrupted => Exit::Interrupted,
+            },
             CliError::Device(error) => device(error),
             CliError::NoDevice { .. } => Exit::Device,
             CliError::Generate(GenerateError::Device(error)) => device(error),
@@ -288,6 +310,11 @@ impl CliError {
             CliError::Model(ModelError::Preset { name, known }) => Facts::of(name, known),
             #[cfg(feature = "compiler")]
             CliError::Compile(error) => compile_facts(error),
+            CliError::Table(
+                TableError::Io { file, .. } | TableError::Record { file, .. } | TableError::Locked { file },
+            ) => Facts::default().file(file),
+            #[cfg(feature = "compiler")]
+            CliError::Search(_) => Facts::default(),
             CliError::Device(error) | CliError::Generate(GenerateError::Device(error)) => device_facts(error),
             CliError::NoDevice { name, known } => Facts::of(name, known),
             CliError::Generate(GenerateError::Sample(error)) | CliError::Sample(error) => match error {

@@ -169,7 +169,7 @@ fn inspect_artifact(
                 "launches": e.launches.len(),
             })).collect::<Vec<_>>(),
             "kernels": plan.kernels.iter().map(|k| json!({
-                "name": k.name, "family": k.family.name(), "schedule": k.schedule, "source": "predicted",
+                "name": k.name, "family": k.family.name(), "schedule": k.schedule, "source": k.source(),
             })).collect::<Vec<_>>(),
         })).collect();
         let sections: Vec<Value> = artifact.sections().iter().map(|s| json!({
@@ -260,7 +260,7 @@ fn entries_table(plan: &Plan) -> String {
 
 fn kernels_table(plan: &Plan) -> String {
     let row = |k: &ir::plan::PlanKernel| {
-        vec![k.name.clone(), k.family.name().to_string(), "predicted".to_string(), k.schedule.clone()]
+        vec![k.name.clone(), k.family.name().to_string(), k.source().to_string(), k.schedule.clone()]
     };
     let rows: Vec<_> = plan.kernels.iter().map(row).collect();
     columns(&["kernel", "family", "chosen by", "schedule"], &rows)

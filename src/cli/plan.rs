@@ -16,6 +16,7 @@ use ir::plan::Plan;
 use llamac::compile::{Code, CompileError, lower};
 use llamac::model::{Model, name_of};
 use llamac::pipeline::{CHUNK, Request};
+use llamac::tune::table::Choices;
 use llamac::predict::{self, Ceilings, KernelCost};
 use runtime::manifest::Manifest;
 use runtime::pool;
@@ -130,11 +131,18 @@ pub struct Lowering {
     pub context: usize,
     /// Target.
     pub target: String,
+    /// Schedules that were measured: an artifact's own, or those of `--tune-db`.
+    pub choices: Choices,
 }
 
 impl Lowering {
     /// By the options, or as the artifact was compiled.
-    pub fn of(model: &Model, build: &BuildOptions, target: Option<&str>) -> Result<Lowering, CliError> {
+    pub fn of(
+        model: &Model,
+        build: &BuildOptions,
+        target: Option<&str>,
+        screen: &Screen,
+    ) -> Result<Lowering, CliError> {
         let config = model.config()?;
         let mut dtype = build.dtype(model);
         let mut context = build.context(config.context);
@@ -145,18 +153,21 @@ impl Lowering {
             context = build.ctx.unwrap_or(manifest.context);
             own = manifest.targets.first().map_or(own, |target| target.name.clone());
         }
-        Ok(Lowering { config, dtype, context, target: target.map_or(own, str::to_string) })
+        let choices = build.choices(screen)?.map_or_else(|| model.choices(), Ok)?;
+        Ok(Lowering { config, dtype, context, target: target.map_or(own, str::to_string), choices })
     }
 
     /// What the passes take.
     pub fn request(&self) -> Request<'_> {
-        Request { config: &self.config, dtype: self.dtype, context: self.context }
+        let Lowering { config, dtype, context, target: _, choices } = self;
+        let measured = (!choices.is_empty()).then_some(choices);
+        Request { config, dtype: *dtype, context: *context, measured }
     }
 }
 
 pub fn plan(options: &Options, screen: &Screen) -> Result<(), CliError> {
     let model = Model::open(&options.model)?;
-    let lowering = Lowering::of(&model, &options.build, options.target.as_deref())?;
+    let lowering = Lowering::of(&model, &options.build, options.target.as_deref(), screen)?;
     let code = lower(&lowering.request(), &lowering.target, false)?;
     let plan = &code.lowered.plan;
     let samples = options.ceilings.samples(lowering.dtype, plan.weight_bytes())?;

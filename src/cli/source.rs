@@ -5,10 +5,15 @@ use super::screen::Screen;
 use clap::Args;
 use ir::DType;
 use ir::plan::Plan;
+#[cfg(feature = "compiler")]
+use llamac::compile::CompileError;
 use llamac::model::Model;
+#[cfg(feature = "compiler")]
+use llamac::tune::table::{Choices, Table};
 use runtime::artifact::Artifact;
 use runtime::device::DeviceError;
 use runtime::manifest::Manifest;
+use std::path::PathBuf;
 
 /// Options of verbs that compile what is not compiled yet.
 #[derive(Args, Clone, Debug, Default)]
@@ -22,6 +27,9 @@ pub struct BuildOptions {
     /// Random weights from this seed, for shapes without weights
     #[arg(long, value_name = "SEED")]
     pub random_weights: Option<u64>,
+    /// Take the schedules that `tune` measured on this machine from this table
+    #[arg(long, value_name = "FILE")]
+    pub tune_db: Option<PathBuf>,
     /// Verbs that look between launches set it.
     #[arg(skip)]
     pub taps: bool,
@@ -60,6 +68,24 @@ impl BuildOptions {
         })
     }
 
+    /// The schedules of the table asked for that hold on this machine. That others do not is said.
+    pub fn choices(&self, screen: &Screen) -> Result<Option<Choices>, CliError> {
+        let Some(file) = &self.tune_db else { return Ok(None) };
+        let table = Table::read(file)?;
+        let machine = llamac::tune::machine().map_err(CompileError::from)?;
+        let choices = table.choices(&llamac::tune::compiler(), &machine);
+        let others = Choices::of(table.records.iter()).records().count() - choices.records().count();
+        if others > 0 {
+            screen.note(format!(
+                "{}: {others} choices are of another machine or compiler and are not taken: `llamac tune --db {}` tries them \
+                 first",
+                file.display(),
+                file.display()
+            ));
+        }
+        Ok(Some(choices))
+    }
+
     /// The context asked for, or the model's own where it is not too long.
     pub fn context(&self, own: usize) -> usize {
         self.ctx.unwrap_or_else(|| own.min(DEFAULT_CONTEXT))
@@ -78,6 +104,15 @@ pub struct Ready {
     pub plan: Plan,
     /// Its tokenizer and chat template are asked as any model's.
     pub model: Model,
+}
+
+#[cfg(feature = "compiler")]
+impl Ready {
+    /// The measured schedules that the artifact was compiled with.
+    pub fn model_choices(&self) -> Result<Option<Choices>, CliError> {
+        let choices = Model::Artifact(Box::new(self.artifact.clone())).choices()?;
+        Ok((!choices.is_empty()).then_some(choices))
+    }
 }
 
 /// Opens or makes the artifact of a model, with weights in it.
@@ -114,6 +149,9 @@ fn check(argument: &str, build: &BuildOptions, artifact: &Artifact) -> Result<()
     let compiled = &manifest.dtype;
     if let Some(dtype) = build.dtype.filter(|dtype| dtype.name() != compiled) {
         return Err(CliError::Usage(format!("--dtype {dtype}: {argument} was compiled as {compiled}")));
+    }
+    if build.tune_db.is_some() {
+        return Err(CliError::Usage(format!("--tune-db: {argument} has its schedules already")));
     }
     if build.random_weights.is_some() {
         return Err(CliError::Usage(format!("--random-weights: {argument} has weights already")));

@@ -172,7 +172,7 @@ fn ops(place: &Place, model: &Model) -> Checked<()> {
         place.ok(&format!("compile {folder} --dtype {dtype} --taps -o model.llamac"));
         let artifact = Artifact::open(&place.path("model.llamac"))?;
         let config = llamac::model::Model::open(&folder)?.config()?;
-        let request = Request { config: &config, dtype, context: config.context };
+        let request = Request { config: &config, dtype, context: config.context, measured: None };
         let mut lowered = compile::lower(&request, "cpu:native", true)?.lowered;
         let mut program = Cpu { threads: 1 }.open(&artifact)?;
         let mut weights = InterpretedProgram::load(&artifact, Rounding::Stored)?;

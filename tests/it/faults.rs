@@ -499,7 +499,7 @@ impl Patient {
 /// Arena buffers put on one that lives at the same time: the plan's verifier refuses each.
 fn plans() -> Checked<()> {
     let config = Model::open("builtin")?.config()?;
-    let request = Request { config: &config, dtype: DType::F32, context: 64 };
+    let request = Request { config: &config, dtype: DType::F32, context: 64, measured: None };
     let plan = pipeline::lower(&request, &codegen::cpu::level("cpu:x86-64-v4")?.target)?.plan;
     verify::verify(&plan)?;
     let mut planted = 0;

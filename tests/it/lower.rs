@@ -206,7 +206,7 @@ fn module(kernels: &[Kernel], level: &Level) -> String {
     let mut launches = Vec::new();
     for (number, kernel) in kernels.iter().enumerate() {
         let (name, family, schedule) = (kernel.name.clone(), kernel.family, kernel.schedule.clone());
-        plan.kernels.push(PlanKernel { name, family, schedule });
+        plan.kernels.push(PlanKernel { name, family, schedule, measured: false });
         let args = (0..kernel.params().count()).collect();
         launches.push(Launch { kernel: number, args, cost: Cost::default() });
     }
@@ -359,7 +359,7 @@ fn disassemble(object: &[u8]) -> Checked<Option<String>> {
 fn model(name: &str, dtype: DType, target: &Target) -> Checked<Vec<Kernel>> {
     let config = Model::open(name)?.config()?;
     let context = config.context.min(512);
-    Ok(pipeline::lower(&Request { config: &config, dtype, context }, target)?.kernels)
+    Ok(pipeline::lower(&Request { config: &config, dtype, context, measured: None }, target)?.kernels)
 }
 
 /// Adds what random graphs give: kernels of the groups that have a generator.

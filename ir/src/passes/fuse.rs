@@ -67,7 +67,7 @@ struct Ctx<'g> {
 impl Ctx<'_> {
     fn open(&mut self, family: Family, named_by: ValueId) -> GroupId {
         let name = self.graph[named_by].name.clone();
-        self.graph.groups.push(Group { name, family, schedule: None, remarks: Vec::new() });
+        self.graph.groups.push(Group { name, family, schedule: None, measured: false, remarks: Vec::new() });
         GroupId(self.graph.groups.len() as u32 - 1)
     }
 

@@ -33,7 +33,7 @@ pub fn memory(entries: &[Lowered<'_>], kernels: &Kernels) -> Plan {
     let mut plan = Plan::default();
     for kernel in &kernels.list {
         let (name, family, schedule) = (kernel.name.clone(), kernel.family, kernel.schedule.clone());
-        plan.kernels.push(PlanKernel { name, family, schedule });
+        plan.kernels.push(PlanKernel { name, family, schedule, measured: false });
     }
     let mut ctx = Ctx { plan, by_name: HashMap::new(), weights_end: 0 };
     for entry in entries {
@@ -77,6 +77,10 @@ impl Ctx {
             if let Some(life) = uses.get_mut(id) {
                 life.1 = launches.len();
             }
+        }
+
+        for (group, launch) in graph.groups.iter().zip(launches) {
+            self.plan.kernels[launch.kernel].measured |= group.measured;
         }
 
         let mut live: Vec<Live> = Vec::new();

@@ -8,6 +8,17 @@ use crate::families::{GroupView, LowerError, schedules};
 use crate::graph::Graph;
 use crate::target::Target;
 
+/// Gives groups the schedules that were measured for them, before [`schedule`] chooses for the others.
+pub fn pin(graph: &mut Graph, measured: &dyn Fn(&GroupView<'_>) -> Option<String>) {
+    let found: Vec<_> = GroupView::all(graph).iter().map(|view| (view.id, measured(view))).collect();
+    for (id, text) in found {
+        let group = &mut graph.groups[id.0 as usize];
+        if text.is_some() && group.schedule.is_none() {
+            (group.schedule, group.measured) = (text, true);
+        }
+    }
+}
+
 /// Chooses a schedule for each group that has none, by the cost model.
 ///
 /// # Errors

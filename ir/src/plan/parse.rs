@@ -138,7 +138,7 @@ impl<'t> Parser<'t> {
         let family = self
             .one_of("a kernel family", |word| Family::ALL.into_iter().find(|family| family.name() == word))?;
         self.tokens(&[",", "schedule"])?;
-        Ok(PlanKernel { name, family, schedule: self.string()? })
+        Ok(PlanKernel { name, family, schedule: self.string()?, measured: self.eat("measured") })
     }
 
     fn buffer(&mut self, kind: Kind, name: String) -> Result<PlanBuffer, Fault> {
@@ -671,12 +671,12 @@ mod tests {
 
     prop_compose! {
         fn any_plan()(
-            kernels in prop::collection::vec((any_name(), select(Family::ALL.to_vec()), any_name()), KERNELS),
+            kernels in prop::collection::vec((any_name(), select(Family::ALL.to_vec()), any_name(), any::<bool>()), KERNELS),
             buffers in prop::collection::vec(any_buffer(), BUFFERS),
             entries in prop::collection::vec(any_entry(), 0..3),
             [arena_bytes, context, vocab] in any::<[usize; 3]>(),
         ) -> Plan {
-            let kernel = |(name, family, schedule)| PlanKernel { name, family, schedule };
+            let kernel = |(name, family, schedule, measured)| PlanKernel { name, family, schedule, measured };
             let kernels = kernels.into_iter().map(kernel).collect();
             Plan { buffers, kernels, entries, arena_bytes, context, vocab }
         }

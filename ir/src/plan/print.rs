@@ -40,7 +40,8 @@ impl Display for Plan {
         writeln!(f, "plan(context = {context}, vocab = {vocab}, arena = {arena_bytes} bytes) {{")?;
         for (kernel, label) in kernels.iter().zip(&kernel_labels) {
             write!(f, "  kernel {} : {}", label.definition(), kernel.family.name())?;
-            writeln!(f, ", schedule {}", Quoted(&kernel.schedule))?;
+            let measured = if kernel.measured { " measured" } else { "" };
+            writeln!(f, ", schedule {}{measured}", Quoted(&kernel.schedule))?;
         }
         for (buffer, label) in buffers.iter().zip(&buffer_labels) {
             print_buffer(f, buffer, *label)?;

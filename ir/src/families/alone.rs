@@ -1,0 +1,101 @@
+//! A group as a graph of its own: what it reads is bound, what it stores is an output.
+//!
+//! Whoever looks at one kernel works on such a graph: the tuner, which times it; a reproducer, which keeps it as text.
+//! Lowering its only group gives the kernel that the group has in the whole graph.
+
+use super::{GroupView, attention, storage};
+use crate::graph::{Family, Graph, Group, GroupId, Pack, Stream, Value, ValueId};
+use crate::op::Op;
+use std::collections::BTreeMap;
+
+/// The group, with the names that it has in the whole graph.
+///
+/// What other groups compute becomes an input of the same type and layout; a cache that another group appended to is the
+/// state that it lies in.
+pub fn alone(view: &GroupView<'_>) -> Graph {
+    let graph = view.graph;
+    let mut taken: Vec<ValueId> = view.values.clone();
+    taken.extend(view.values.iter().flat_map(|&id| &graph[id].operands).copied().filter(|&id| !view.has(id)));
+    // Operands stand before what reads them, whichever group they come from.
+    taken.sort_unstable();
+    taken.dedup();
+    let number: BTreeMap<ValueId, ValueId> = taken.iter().copied().zip((0..).map(ValueId)).collect();
+    let value = |&id: &ValueId| {
+        let of = &graph[id];
+        let inside = view.has(id);
+        let op = match &of.op {
+            op if inside => op.clone(),
+            op @ (Op::Input { .. } | Op::Weight { .. } | Op::State { .. } | Op::Constant { .. }) => op.clone(),
+            Op::CacheAppend => graph[storage(graph, id)].op.clone(),
+            _ => Op::Input { name: of.name.clone() },
+        };
+        Value {
+            name: of.name.clone(),
+            op,
+            operands: if inside { of.operands.iter().map(|o| number[o]).collect() } else { Vec::new() },
+            ty: of.ty.clone(),
+            group: inside.then_some(GroupId(0)),
+            layout: if inside { of.layout } else { graph[storage(graph, id)].layout },
+            remarks: Vec::new(),
+        }
+    };
+    let group = Group { remarks: Vec::new(), ..graph.groups[view.id.0 as usize].clone() };
+    let own = |pack: &&Pack| match view.family() {
+        Family::Dot => {
+            pack.name.strip_prefix(view.name()).and_then(|n| n.strip_prefix('.')).is_some_and(is_number)
+        }
+        _ => true,
+    };
+    let of_these = |pack: &&Pack| pack.streams.iter().all(|stream| number.contains_key(&stream.weight));
+    let pack = |pack: &Pack| {
+        let stream = |stream: &Stream| Stream { weight: number[&stream.weight], ..stream.clone() };
+        Pack { streams: pack.streams.iter().map(stream).collect(), ..pack.clone() }
+    };
+    Graph {
+        name: view.name().to_string(),
+        symbols: graph.symbols.clone(),
+        values: taken.iter().map(value).collect(),
+        outputs: view.roots.iter().map(|&root| (output_name(graph, root), number[&root])).collect(),
+        groups: vec![group],
+        packs: graph.packs.iter().filter(own).filter(of_these).map(pack).collect(),
+    }
+}
+
+/// A result's name; the next contents of a state bear the state's.
+fn output_name(graph: &Graph, root: ValueId) -> String {
+    match &graph[storage(graph, root)].op {
+        Op::State { name } => name.clone(),
+        _ => graph[root].name.clone(),
+    }
+}
+
+fn is_number(text: &str) -> bool {
+    !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit())
+}
+
+/// What a group computes, as text in which nothing else counts: neither names nor the layer, neither the schedule nor how
+/// many slots a cache has, which moves addresses and no choice. Groups that share a kernel have the same text.
+pub fn signature(view: &GroupView<'_>) -> String {
+    let mut graph = alone(view);
+    graph.name = "alone".to_string();
+    graph.symbols = view.kernel_symbols();
+    let rows: Vec<bool> = graph.values.iter().map(|value| value.layout.is_none()).collect();
+    let is_cache: Vec<bool> =
+        graph.ids().map(|id| matches!(graph[storage(&graph, id)].op, Op::State { .. })).collect();
+    for (at, value) in graph.values.iter_mut().enumerate() {
+        value.name = format!("v{at}");
+        if let Op::Input { name } | Op::Weight { name } | Op::State { name } = &mut value.op
+            // Positions are no numbers like others: kernels follow them.
+            && name != "positions"
+        {
+            *name = format!("v{at}");
+        }
+        if is_cache[at] && !rows[at] {
+            value.ty.shape[1] = attention::KEYS.into();
+        }
+    }
+    graph.outputs = graph.outputs.iter().map(|&(_, id)| (output_name(&graph, id), id)).collect();
+    graph.groups[0] = Group { name: "alone".to_string(), schedule: None, measured: false, ..graph.groups[0].clone() };
+    graph.packs.iter_mut().enumerate().for_each(|(at, pack)| pack.name = format!("alone.{at}"));
+    graph.to_string()
+}

@@ -1,0 +1,137 @@
+//! What a tuning table says: choices with their gains, and how well the models of cost predict.
+
+use super::table::{Key, Outcome, Record, Table, quantile};
+use serde::Serialize;
+use std::collections::BTreeMap;
+
+/// A choice, for a table on a screen.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Choice {
+    /// The kernel.
+    pub kernel: String,
+    /// Its family.
+    pub family: String,
+    /// Element type.
+    pub dtype: String,
+    /// Tokens of the step.
+    pub tokens: usize,
+    /// The schedule.
+    pub schedule: String,
+    /// How often as fast as the default, by the median of the turns.
+    pub gain: f64,
+    /// Share of the limit that it reaches.
+    pub share_of_limit: f64,
+    /// Median seconds of a launch.
+    pub seconds: f64,
+    /// Schedules that were tried, and that there are.
+    pub tried: [usize; 2],
+    /// Of those tried: wrong, crashed or too late.
+    pub bad: usize,
+}
+
+/// The choices that hold for a compiler on a machine.
+pub fn choices(table: &Table, compiler: &str, machine: &str) -> Vec<Choice> {
+    let of = |record: &Record| {
+        let Outcome::Chosen { tried, legal, limit_s, times } = &record.outcome else { return None };
+        let seconds = quantile(&times.seconds, 0.5);
+        let same = |r: &&Record| r.key == record.key;
+        let is_bad = |r: &&Record| !matches!(r.outcome, Outcome::Timed { .. } | Outcome::Chosen { .. });
+        Some(Choice {
+            kernel: record.kernel.clone(),
+            family: record.family.clone(),
+            dtype: record.dtype.clone(),
+            tokens: record.tokens,
+            schedule: record.schedule.clone(),
+            gain: 1.0 / times.ratio(),
+            share_of_limit: limit_s / seconds,
+            seconds,
+            tried: [*tried, *legal],
+            bad: table.records.iter().filter(same).filter(is_bad).count(),
+        })
+    };
+    let mut rows: Vec<Choice> = table.choices(compiler, machine).records().filter_map(of).collect();
+    let place = |c: &Choice| (c.dtype.clone(), c.tokens != 1, c.tokens, c.kernel.clone());
+    rows.sort_by_key(place);
+    rows
+}
+
+/// How well a model of cost predicts the times of one kernel's schedules.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Prediction {
+    /// The kernel.
+    pub kernel: String,
+    /// Its family.
+    pub family: String,
+    /// Element type.
+    pub dtype: String,
+    /// Tokens of the step.
+    pub tokens: usize,
+    /// Schedules that were timed.
+    pub timed: usize,
+    /// Rank correlation of predicted and measured (Spearman): 1 is the same order.
+    pub correlation: f64,
+    /// How much longer the predicted best takes than the best: 0.05 is 5 %.
+    pub regret: f64,
+    /// The best.
+    pub best: String,
+    /// The predicted best.
+    pub predicted: String,
+}
+
+/// Predictions of every kernel of which three schedules or more were timed by a compiler on a machine.
+pub fn predictions(table: &Table, compiler: &str, machine: &str) -> Vec<Prediction> {
+    let mut by_kernel: BTreeMap<&Key, Vec<(&Record, usize, f64)>> = BTreeMap::new();
+    for record in table.records.iter().filter(|r| r.key.compiler == compiler && r.key.machine == machine) {
+        if let Outcome::Timed { rank, times, .. } = &record.outcome {
+            by_kernel.entry(&record.key).or_default().push((record, *rank, times.ratio()));
+        }
+    }
+    let of = |timed: Vec<(&Record, usize, f64)>| {
+        let predicted = timed.iter().min_by_key(|(_, rank, _)| *rank)?;
+        let best = timed.iter().min_by(|a, b| a.2.total_cmp(&b.2))?;
+        if timed.len() < 3 {
+            return None;
+        }
+        let record = best.0;
+        Some(Prediction {
+            kernel: record.kernel.clone(),
+            family: record.family.clone(),
+            dtype: record.dtype.clone(),
+            tokens: record.tokens,
+            timed: timed.len(),
+            correlation: spearman(&timed.iter().map(|(_, rank, ratio)| (*rank as f64, *ratio)).collect::<Vec<_>>()),
+            regret: predicted.2 / best.2 - 1.0,
+            best: record.schedule.clone(),
+            predicted: predicted.0.schedule.clone(),
+        })
+    };
+    let mut rows: Vec<Prediction> = by_kernel.into_values().filter_map(of).collect();
+    rows.sort_by_key(|p| (p.dtype.clone(), p.tokens != 1, p.tokens, p.kernel.clone()));
+    rows
+}
+
+/// Rank correlation of pairs; those that are equal share the middle of their ranks.
+pub fn spearman(pairs: &[(f64, f64)]) -> f64 {
+    let ranks = |of: &dyn Fn(&(f64, f64)) -> f64| -> Vec<f64> {
+        let below = |x: f64| pairs.iter().filter(|p| of(p) < x).count() as f64;
+        let equal = |x: f64| pairs.iter().filter(|p| of(p) == x).count() as f64;
+        pairs.iter().map(|p| below(of(p)) + (equal(of(p)) - 1.0) / 2.0).collect()
+    };
+    let (a, b) = (ranks(&|p| p.0), ranks(&|p| p.1));
+    let middle = (pairs.len() as f64 - 1.0) / 2.0;
+    let product = |x: &[f64], y: &[f64]| x.iter().zip(y).map(|(x, y)| (x - middle) * (y - middle)).sum::<f64>();
+    product(&a, &b) / (product(&a, &a) * product(&b, &b)).sqrt()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::spearman;
+
+    #[test]
+    fn ranks_correlate() {
+        assert_eq!(spearman(&[(0.0, 1.0), (1.0, 5.0), (2.0, 50.0)]), 1.0);
+        assert_eq!(spearman(&[(0.0, 9.0), (1.0, 5.0), (2.0, 1.0)]), -1.0);
+        // By hand: ranks 0 1 2 3 against 1 0 2 3.
+        assert!((spearman(&[(0.0, 2.0), (1.0, 1.0), (2.0, 3.0), (3.0, 4.0)]) - 0.8).abs() < 1e-12);
+    }
+}
