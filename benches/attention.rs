@@ -58,7 +58,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         let (mut ratios, mut shares) = (Vec::new(), Vec::new());
         for _ in 0..TURNS {
             let peak = meter::median(&meter.dot(dot, 0.05));
-            let (with, without) = (causal.time(0.1), full.time(0.1));
+            let (with, without) = (meter::median(&causal.times(0.1)), meter::median(&full.times(0.1)));
             ratios.push(with / without);
             shares.push(
                 [&causal, &full]

@@ -78,6 +78,7 @@ fn steps(c: &mut Criterion) {
         context: checkpoint.config.context,
         targets: vec!["cpu:native".to_string()],
         taps: false,
+        measured: None,
         keep: None,
     };
     compile::compile(&options, &file, &mut |_| ControlFlow::Continue(())).expect("it compiles");

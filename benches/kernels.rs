@@ -85,7 +85,7 @@ impl Bench<'_> {
                 read_bytes_per_s: meter::best(&self.meter.read(&self.memory, SECONDS)),
                 dot_flops: meter::best(&self.meter.dot(dot, SECONDS)),
             };
-            let time = alone.time(SECONDS);
+            let time = meter::median(&alone.times(SECONDS));
             shares.push(top.seconds(alone.cost) / time);
             times.push(time);
         }

@@ -242,7 +242,8 @@ pub fn compile(
         targets.push(target);
     }
     if let Some(choices) = options.measured {
-        let taken = codes.iter().flat_map(|(code, _)| code.lowered.taken(&code.level.name, choices)).collect();
+        let taken =
+            codes.iter().flat_map(|(code, _)| code.lowered.taken(&code.level.name, choices)).collect();
         section(&mut writer, manifest::TUNING, Table { records: taken }.to_string().as_bytes())?;
     }
     let graph = codes[0].0.text(&request, Stage::Graph)?;

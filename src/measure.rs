@@ -15,7 +15,6 @@ use ir::plan::{Cost, Entry, Give, Launch, Place, Plan, PlanBuffer, PlanKernel};
 use ir::random::Rng;
 use runtime::code::{Code, CodeError, Guarded};
 use runtime::map::MapError;
-use runtime::meter;
 use std::cell::RefCell;
 use std::rc::Rc;
 use std::time::Instant;
@@ -152,7 +151,8 @@ impl Alone {
         let code = Code::load(&object, [ENTRY], threads)?;
         let symbols = operands.borrow().symbols;
         let cost = cost(view, &symbols, symbols[1]);
-        let writes = kernel.params().enumerate().filter(|(_, (_, b))| b.space == Space::Global(Access::Write));
+        let writes =
+            kernel.params().enumerate().filter(|(_, (_, b))| b.space == Space::Global(Access::Write));
         let writes = writes.map(|(number, _)| number).collect();
         Ok(Alone { code, operands, writes, cost })
     }
@@ -188,14 +188,14 @@ impl Alone {
         Ok(hasher.finalize().into())
     }
 
-    /// Runs for about `seconds`, but at least three times; gives the median seconds of a run.
-    pub fn time(&mut self, seconds: f64) -> f64 {
+    /// Runs for about `seconds`, but at least three times; gives the seconds of each run.
+    pub fn times(&mut self, seconds: f64) -> Vec<f64> {
         let begin = Instant::now();
         let mut samples = Vec::new();
         while samples.len() < 3 || begin.elapsed().as_secs_f64() < seconds {
             samples.push(self.run());
         }
-        meter::median(&samples)
+        samples
     }
 }
 
@@ -213,8 +213,12 @@ fn buffer_bytes(buffer: &Buffer, symbols: &[i64; MAX_SYMBOLS]) -> usize {
 
 /// A program of one launch.
 fn one_launch(kernel: &str, view: &GroupView<'_>, params: usize) -> Plan {
-    let buffer =
-        |number: usize| PlanBuffer { name: number.to_string(), place: Place::State, dtype: DType::U8, bytes: 0 };
+    let buffer = |number: usize| PlanBuffer {
+        name: number.to_string(),
+        place: Place::State,
+        dtype: DType::U8,
+        bytes: 0,
+    };
     let launch = Launch { kernel: 0, args: (0..params).collect(), cost: Cost::default() };
     Plan {
         buffers: (0..params).map(buffer).collect(),

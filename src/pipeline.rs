@@ -1,8 +1,8 @@
 //! From a config to kernels and a plan: every stage of a compilation, each of which can be looked at.
 
 use crate::tune::table::{Choices, Record, digest};
-use ir::families::{GroupView, LowerError};
 use ir::families::alone::signature;
+use ir::families::{GroupView, LowerError};
 use ir::graph::Graph;
 use ir::kernel::Kernel;
 use ir::passes::Run;

@@ -86,7 +86,7 @@ pub struct KernelCost {
     pub flops: u64,
     /// Seconds that this takes at least.
     pub seconds: f64,
-    /// Where the seconds come from: `predicted`.
+    /// How the schedule was chosen: `measured` or `predicted`.
     pub source: &'static str,
 }
 
@@ -122,7 +122,7 @@ pub fn kernels<'p>(
                     bytes,
                     flops,
                     seconds,
-                    source: "predicted",
+                    source: kernel.source(),
                 }),
             }
         }

@@ -34,7 +34,8 @@ pub fn compiler() -> String {
 #[cfg(feature = "compiler")]
 pub fn machine() -> Result<String, codegen::cpu::CodegenError> {
     let level = codegen::cpu::level("cpu:native")?;
-    let cache = runtime::meter::cache_bytes().map_or(String::new(), |b| format!(", {} MiB of cache", b >> 20));
+    let cache =
+        runtime::meter::cache_bytes().map_or(String::new(), |b| format!(", {} MiB of cache", b >> 20));
     let cores = runtime::pool::physical_cores();
     Ok(format!("{} ({}), {cores} cores{cache}", runtime::cpu::model_name(), level.cpu))
 }

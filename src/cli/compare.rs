@@ -82,8 +82,12 @@ pub fn compare(options: &Options, screen: &Screen) -> Result<(), CliError> {
     let needed = |r: &Reference| r.prompts.iter().map(|p| p.tokens.len() + p.greedy.len()).max();
     let needed = reference.as_ref().and_then(needed).unwrap_or(LENGTHS[1] + STEPS);
     let ctx = (!matches!(model, Model::Artifact(_))).then_some(needed.min(config.context));
-    let build =
-        BuildOptions { dtype: options.dtype, ctx, taps: options.level == Level::Op, ..BuildOptions::default() };
+    let build = BuildOptions {
+        dtype: options.dtype,
+        ctx,
+        taps: options.level == Level::Op,
+        ..BuildOptions::default()
+    };
     let ready = source::ready(&options.model, &build, screen)?;
 
     let mut found = Found::default();

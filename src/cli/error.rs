@@ -1,7 +1,6 @@
 //! Every error of the command with its exit code, and how it is told.
 
 use llamac::model::ModelError;
-use llamac::tune::table::TableError;
 use models::{ChatError, ReadError, TokenizerError};
 use runtime::artifact::ArtifactError;
 use runtime::device::DeviceError;
@@ -30,6 +29,8 @@ use llamac::compile::CompileError;
 use llamac::reference::ReferenceError;
 #[cfg(feature = "compiler")]
 use llamac::tune::search::SearchError;
+#[cfg(feature = "compiler")]
+use llamac::tune::table::TableError;
 
 /// Why the command ends, as a number for scripts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -93,7 +94,7 @@ pub enum CliError {
     #[error(transparent)]
     Compile(#[from] CompileError),
     /// A tuning table.
-    #[cfg_attr(not(feature = "compiler"), expect(dead_code, reason = "of the program with the compiler"))]
+    #[cfg(feature = "compiler")]
     #[error(transparent)]
     Table(#[from] TableError),
     /// Tuning.
@@ -217,8 +218,11 @@ impl CliError {
             CliError::Model(error) => model(error),
             #[cfg(feature = "compiler")]
             CliError::Compile(error) => compile(error),
+            #[cfg(feature = "compiler")]
             CliError::Table(error) => match error {
-                TableError::Io { source, .. } if source.kind() != io::ErrorKind::NotFound => write_failed(source),
+                TableError::Io { source, .. } if source.kind() != io::ErrorKind::NotFound => {
+                    write_failed(source)
+                }
                 TableError::Io { .. } | TableError::Locked { .. } => Exit::Usage,
                 TableError::Record { .. } => Exit::Model,
             },
@@ -310,6 +314,7 @@ impl CliError {
             CliError::Model(ModelError::Preset { name, known }) => Facts::of(name, known),
             #[cfg(feature = "compiler")]
             CliError::Compile(error) => compile_facts(error),
+            #[cfg(feature = "compiler")]
             CliError::Table(
                 TableError::Io { file, .. } | TableError::Record { file, .. } | TableError::Locked { file },
             ) => Facts::default().file(file),

@@ -16,8 +16,8 @@ use ir::plan::Plan;
 use llamac::compile::{Code, CompileError, lower};
 use llamac::model::{Model, name_of};
 use llamac::pipeline::{CHUNK, Request};
-use llamac::tune::table::Choices;
 use llamac::predict::{self, Ceilings, KernelCost};
+use llamac::tune::table::Choices;
 use runtime::manifest::Manifest;
 use runtime::pool;
 use serde::Serialize;
@@ -345,12 +345,23 @@ fn kernels_table(rows: &[KernelCost]) -> String {
             format!("{}FLOP", big(row.flops as f64)),
             format!("{} us", short(1e6 * row.seconds)),
             format!("{:.1} %", 100.0 * row.seconds / all(&row.entry)),
+            row.source.to_string(),
             row.schedule.clone(),
         ]
     };
     let lines: Vec<Vec<String>> = rows.iter().map(line).collect();
-    let heads =
-        ["entry", "kernel", "family", "launches>", "bytes>", "work>", "predicted>", "share>", "schedule"];
+    let heads = [
+        "entry",
+        "kernel",
+        "family",
+        "launches>",
+        "bytes>",
+        "work>",
+        "predicted>",
+        "share>",
+        "chosen by",
+        "schedule",
+    ];
     format!("\n{}", columns(&heads, &lines))
 }
 
@@ -387,6 +398,8 @@ struct Fused {
 #[derive(Debug, Serialize)]
 struct Scheduled {
     text: String,
+    /// Was it measured, and not chosen by the model of cost?
+    measured: bool,
     /// By the family's model of cost, in a unit of its own.
     cost: Option<f64>,
     runner_up: Option<String>,
@@ -447,6 +460,7 @@ fn scheduled(code: &Code, view: &GroupView<'_>, text: &str) -> Result<Scheduled,
     let runner_up = legal.iter().find(|c| c.schedule != text);
     Ok(Scheduled {
         text: text.to_string(),
+        measured: view.graph.groups[view.id.0 as usize].measured,
         cost,
         runner_up: runner_up.map(|c| c.schedule.clone()),
         runner_up_cost: runner_up.and_then(|c| c.cost),
@@ -499,8 +513,10 @@ fn reasons(decision: &Decision) -> String {
         )),
     }
     lines.extend(remarks.iter().cloned());
-    if let Some(Scheduled { text, cost, runner_up, runner_up_cost, legal, numeric_class }) = schedule {
-        let mut line = format!("schedule: {text}");
+    if let Some(Scheduled { text, measured, cost, runner_up, runner_up_cost, legal, numeric_class }) =
+        schedule
+    {
+        let mut line = format!("schedule: {text}{}", if *measured { ", measured" } else { "" });
         if let Some(cost) = cost {
             line += &format!(", cost {}", big(*cost).trim_end());
         }

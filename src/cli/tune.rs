@@ -107,7 +107,9 @@ fn default_table() -> Result<PathBuf, CliError> {
     let given = env::var_os("XDG_DATA_HOME").map(PathBuf::from).filter(|path| path.is_absolute());
     let home = || env::var_os("HOME").map(|home| PathBuf::from(home).join(".local/share"));
     let Some(folder) = given.or_else(home) else {
-        return Err(CliError::Usage("there is no home folder for a table: give one with --db FILE".to_string()));
+        return Err(CliError::Usage(
+            "there is no home folder for a table: give one with --db FILE".to_string(),
+        ));
     };
     let folder = folder.join("llamac");
     fs::create_dir_all(&folder).map_err(|source| CliError::Read { file: folder.clone(), source })?;
@@ -127,7 +129,14 @@ fn search(
     }
     let target = match options.device.as_str() {
         "cpu" => "cpu:native",
-        name if llamac::check::walk::levels().map_err(CompileError::from)?.0.iter().any(|l| l.name == name) => name,
+        name if llamac::check::walk::levels()
+            .map_err(CompileError::from)?
+            .0
+            .iter()
+            .any(|l| l.name == name) =>
+        {
+            name
+        }
         name => {
             let known = "cpu, and each of the targets cpu:... that this machine runs";
             return Err(CliError::NoDevice { name: name.to_string(), known });
@@ -171,7 +180,8 @@ fn search(
 
 /// Answers a search: see [`llamac::tune::worker`].
 pub fn worker() -> Result<(), CliError> {
-    serve(io::stdin().lock(), io::stdout().lock()).map_err(|error| CliError::Usage(format!("tune-worker: {error}")))
+    serve(io::stdin().lock(), io::stdout().lock())
+        .map_err(|error| CliError::Usage(format!("tune-worker: {error}")))
 }
 
 /// A table, as this machine sees it.
@@ -210,7 +220,10 @@ impl Shown<'_> {
         text += &columns(&heads, &rows.iter().map(row).collect::<Vec<_>>());
         text += "\ngain: how often as fast as the default schedule; the default itself has 1\n";
         if hints > 0 {
-            text += &format!("{hints} records of other machines or compilers, with {} choices, are hints\n", all - rows.len());
+            text += &format!(
+                "{hints} records of other machines or compilers, with {} choices, are hints\n",
+                all - rows.len()
+            );
         }
         print(&text)
     }
@@ -218,7 +231,9 @@ impl Shown<'_> {
     fn report(&self, screen: &Screen) -> Result<(), CliError> {
         let rows = report::predictions(self.table, &compiler(), self.machine);
         if screen.json {
-            return print_json(&json!({ "machine": self.machine, "compiler": compiler(), "predictions": rows }));
+            return print_json(
+                &json!({ "machine": self.machine, "compiler": compiler(), "predictions": rows }),
+            );
         }
         let row = |p: &Prediction| {
             vec![
@@ -232,7 +247,8 @@ impl Shown<'_> {
                 p.best.clone(),
             ]
         };
-        let heads = ["kernel", "dtype", "tokens>", "timed>", "rank corr.>", "regret>", "predicted best", "best"];
+        let heads =
+            ["kernel", "dtype", "tokens>", "timed>", "rank corr.>", "regret>", "predicted best", "best"];
         let mut text = format!("{}: {}, {}\n\n", self.path.display(), self.machine, compiler());
         text += &columns(&heads, &rows.iter().map(row).collect::<Vec<_>>());
         text += "\nrank corr.: predicted against measured order (Spearman); regret: how much longer the predicted best takes\n";
@@ -241,7 +257,8 @@ impl Shown<'_> {
 
     /// Records of this machine and compiler.
     fn here(&self) -> usize {
-        let here = |r: &&llamac::tune::table::Record| r.key.compiler == compiler() && r.key.machine == self.machine;
+        let here =
+            |r: &&llamac::tune::table::Record| r.key.compiler == compiler() && r.key.machine == self.machine;
         self.table.records.iter().filter(here).count()
     }
 }

@@ -83,7 +83,7 @@ pub fn predictions(table: &Table, compiler: &str, machine: &str) -> Vec<Predicti
     let mut by_kernel: BTreeMap<&Key, Vec<(&Record, usize, f64)>> = BTreeMap::new();
     for record in table.records.iter().filter(|r| r.key.compiler == compiler && r.key.machine == machine) {
         if let Outcome::Timed { rank, times, .. } = &record.outcome {
-            by_kernel.entry(&record.key).or_default().push((record, *rank, times.ratio()));
+            by_kernel.entry(&record.key).or_default().push((record, *rank, times.best_ratio()));
         }
     }
     let of = |timed: Vec<(&Record, usize, f64)>| {
@@ -99,7 +99,9 @@ pub fn predictions(table: &Table, compiler: &str, machine: &str) -> Vec<Predicti
             dtype: record.dtype.clone(),
             tokens: record.tokens,
             timed: timed.len(),
-            correlation: spearman(&timed.iter().map(|(_, rank, ratio)| (*rank as f64, *ratio)).collect::<Vec<_>>()),
+            correlation: spearman(
+                &timed.iter().map(|(_, rank, ratio)| (*rank as f64, *ratio)).collect::<Vec<_>>(),
+            ),
             regret: predicted.2 / best.2 - 1.0,
             best: record.schedule.clone(),
             predicted: predicted.0.schedule.clone(),
@@ -119,7 +121,8 @@ pub fn spearman(pairs: &[(f64, f64)]) -> f64 {
     };
     let (a, b) = (ranks(&|p| p.0), ranks(&|p| p.1));
     let middle = (pairs.len() as f64 - 1.0) / 2.0;
-    let product = |x: &[f64], y: &[f64]| x.iter().zip(y).map(|(x, y)| (x - middle) * (y - middle)).sum::<f64>();
+    let product =
+        |x: &[f64], y: &[f64]| x.iter().zip(y).map(|(x, y)| (x - middle) * (y - middle)).sum::<f64>();
     product(&a, &b) / (product(&a, &a) * product(&b, &b)).sqrt()
 }
 

@@ -176,7 +176,7 @@ impl Search<'_> {
         };
         let mut times = Times::default();
         for turns in [TURNS[0], TURNS[1]] {
-            if times.ratio() > SLOWER {
+            if times.best_ratio() > SLOWER {
                 break;
             }
             let schedules = vec![default.to_string(), schedule.to_string()];
@@ -205,12 +205,13 @@ impl Search<'_> {
         let mut fastest: Vec<(f64, &String)> = Vec::new();
         for (schedule, outcome) in &known.by_schedule {
             if let Outcome::Timed { times, .. } = outcome {
-                fastest.push((times.ratio(), schedule));
+                fastest.push((times.best_ratio(), schedule));
             }
         }
         fastest.sort_by(|a, b| a.0.total_cmp(&b.0));
         let mut schedules = vec![default.to_string()];
-        schedules.extend(known.chosen.as_ref().map(|(schedule, _)| schedule.clone()).filter(|s| s != default));
+        schedules
+            .extend(known.chosen.as_ref().map(|(schedule, _)| schedule.clone()).filter(|s| s != default));
         let incumbent = schedules.len() - 1;
         for (_, schedule) in fastest.into_iter().take(FINALISTS) {
             if !schedules.contains(schedule) {
@@ -225,11 +226,12 @@ impl Search<'_> {
             ceilings: true,
         };
         let (seconds, limit_s) = match self.ask(one, &ask)? {
-            Ok(Told::Timed { seconds, limit_s }) => (seconds, limit_s),
+            Ok(Told::Timed { seconds, limit_s: Some(limit_s) }) => (seconds, limit_s),
             // Each was timed before: what goes wrong now is the machine's doing, and the next run tries again.
             Ok(_) | Err(_) => return Ok(()),
         };
-        let against = |number: usize| Times { seconds: seconds[number].clone(), default_s: seconds[incumbent].clone() };
+        let against =
+            |number: usize| Times { seconds: seconds[number].clone(), default_s: seconds[incumbent].clone() };
         let best = (0..schedules.len()).min_by(|&a, &b| against(a).ratio().total_cmp(&against(b).ratio()));
         let faster = |number: &usize| quantile(&against(*number).ratios(), 0.75) < 1.0 - GAIN;
         let chosen = best.filter(faster).unwrap_or(incumbent);
@@ -393,12 +395,7 @@ impl Worker {
         self.line(&serde_json::to_string(ask).expect("a question is plain data"), patience, go_on)
     }
 
-    fn line(
-        &mut self,
-        line: &str,
-        patience: Duration,
-        go_on: &mut dyn FnMut() -> ControlFlow<()>,
-    ) -> Answer {
+    fn line(&mut self, line: &str, patience: Duration, go_on: &mut dyn FnMut() -> ControlFlow<()>) -> Answer {
         if writeln!(self.input, "{line}").and_then(|()| self.input.flush()).is_err() {
             return Answer::Ended;
         }

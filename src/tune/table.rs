@@ -108,6 +108,11 @@ impl Times {
         self.seconds.iter().zip(&self.default_s).map(|(of, default)| of / default).collect()
     }
 
+    /// The shortest time as a share of the default's shortest: what else the machine did in between counts least in it.
+    pub fn best_ratio(&self) -> f64 {
+        quantile(&self.seconds, 0.0) / quantile(&self.default_s, 0.0)
+    }
+
     /// The median of the ratios: below 1 is faster than the default.
     pub fn ratio(&self) -> f64 {
         quantile(&self.ratios(), 0.5)
@@ -180,7 +185,8 @@ impl Table {
     pub fn parse(text: &str) -> Result<Table, BadLine> {
         let whole = text.rfind('\n').map_or("", |end| &text[..end]);
         let lines = whole.lines().enumerate().filter(|(_, line)| !line.trim().is_empty());
-        let record = |(at, line)| serde_json::from_str(line).map_err(|source| BadLine { line: at + 1, source });
+        let record =
+            |(at, line)| serde_json::from_str(line).map_err(|source| BadLine { line: at + 1, source });
         Ok(Table { records: lines.map(record).collect::<Result<_, _>>()? })
     }
 
@@ -289,7 +295,8 @@ impl TableFile {
     ///
     /// [`TableError::Io`].
     pub fn append(&mut self, record: Record) -> Result<(), TableError> {
-        let written = self.file.write_all((record.line() + "\n").as_bytes()).and_then(|()| self.file.sync_data());
+        let written =
+            self.file.write_all((record.line() + "\n").as_bytes()).and_then(|()| self.file.sync_data());
         written.map_err(|source| TableError::Io { file: self.path.clone(), source })?;
         self.table.records.push(record);
         Ok(())
@@ -301,7 +308,8 @@ impl TableFile {
     ///
     /// [`TableError::Io`].
     pub fn merge(&mut self, other: Table) -> Result<usize, TableError> {
-        let new: Vec<Record> = other.records.into_iter().filter(|r| !self.table.records.contains(r)).collect();
+        let new: Vec<Record> =
+            other.records.into_iter().filter(|r| !self.table.records.contains(r)).collect();
         let count = new.len();
         new.into_iter().try_for_each(|record| self.append(record))?;
         Ok(count)
@@ -366,7 +374,9 @@ mod tests {
         drop(file);
         assert_eq!(Table::read(&path).unwrap().records, [one, two]);
         std::fs::write(&path, "\n{\"kernel\": 3}\n").unwrap();
-        assert!(Table::read(&path).unwrap_err().to_string().ends_with("t.jsonl:2: no record of a tuning table"));
+        assert!(
+            Table::read(&path).unwrap_err().to_string().ends_with("t.jsonl:2: no record of a tuning table")
+        );
     }
 
     #[test]

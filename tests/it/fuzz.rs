@@ -160,6 +160,7 @@ fn artifacts() -> Result<(), Failed> {
         context: 64,
         targets: vec!["cpu:x86-64-v3".to_string()],
         taps: false,
+        measured: None,
         keep: None,
     };
     llamac::compile::compile(&options, &right, &mut |_| std::ops::ControlFlow::Continue(()))?;

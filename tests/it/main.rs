@@ -12,7 +12,7 @@
 //! * [`compare`]: the verb passes what is right and names each planted fault.
 //! * [`stages`]: every stage as text, and `opt` from one to the next.
 //! * [`cli`]: what the command gives to people and scripts, and [`bad`]: how it refuses bad input; both run it by [`command`].
-//! * [`cli`]: what CLI.md promises of the command, and [`bad`]: how it refuses bad input; both run it by [`command`].
+//! * [`tune`]: searches for schedules, and what is done with what they find.
 //! * [`profile`]: steps launch by launch, and what is told of them.
 //! * [`fuzz`]: texts and artifacts damaged at random.
 //!
@@ -42,11 +42,15 @@ mod readme;
 mod reference;
 mod skipped;
 mod stages;
+mod tune;
 
 /// What a check says: nothing, or what is wrong.
 type Checked<T> = Result<T, Box<dyn std::error::Error>>;
 
 fn main() {
+    if tune::is_worker() {
+        return;
+    }
     let args = libtest_mimic::Arguments::from_args();
     let mut trials = Vec::new();
     trials.extend(builtin::trials());
@@ -64,6 +68,7 @@ fn main() {
     trials.extend(profile::trials());
     trials.extend(reference::trials());
     trials.extend(stages::trials());
+    trials.extend(tune::trials());
     let conclusion = libtest_mimic::run(&args, trials);
     skipped::print_all();
     conclusion.exit();

@@ -40,6 +40,7 @@ fn builtin(file: &Path, dtype: DType, taps: bool) -> Checked<Artifact> {
         context: 96,
         targets: vec!["cpu:native".to_string()],
         taps,
+        measured: None,
         keep: None,
     };
     compile(&options, file, &mut |_| ControlFlow::Continue(()))?;

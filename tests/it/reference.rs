@@ -157,6 +157,7 @@ pub fn compile_model(file: &Path, out: &Path, dtype: DType, level: &str) -> Chec
         context: checkpoint.config.context.min(CONTEXT),
         targets: vec![level.to_string()],
         taps: false,
+        measured: None,
         keep: None,
     };
     compile::compile(&options, out, &mut |_| ControlFlow::Continue(()))?;

@@ -14,18 +14,23 @@ use std::collections::BTreeMap;
 /// state that it lies in.
 pub fn alone(view: &GroupView<'_>) -> Graph {
     let graph = view.graph;
-    let mut taken: Vec<ValueId> = view.values.clone();
-    taken.extend(view.values.iter().flat_map(|&id| &graph[id].operands).copied().filter(|&id| !view.has(id)));
-    // Operands stand before what reads them, whichever group they come from.
-    taken.sort_unstable();
-    taken.dedup();
+    // What is read stands in the order of first use, so that layers of a model give the same text.
+    let mut taken: Vec<ValueId> = Vec::new();
+    for &operand in view.values.iter().flat_map(|&id| &graph[id].operands) {
+        if !view.has(operand) && !taken.contains(&operand) {
+            taken.push(operand);
+        }
+    }
+    taken.extend(&view.values);
     let number: BTreeMap<ValueId, ValueId> = taken.iter().copied().zip((0..).map(ValueId)).collect();
     let value = |&id: &ValueId| {
         let of = &graph[id];
         let inside = view.has(id);
         let op = match &of.op {
             op if inside => op.clone(),
-            op @ (Op::Input { .. } | Op::Weight { .. } | Op::State { .. } | Op::Constant { .. }) => op.clone(),
+            op @ (Op::Input { .. } | Op::Weight { .. } | Op::State { .. } | Op::Constant { .. }) => {
+                op.clone()
+            }
             Op::CacheAppend => graph[storage(graph, id)].op.clone(),
             _ => Op::Input { name: of.name.clone() },
         };
@@ -95,7 +100,8 @@ pub fn signature(view: &GroupView<'_>) -> String {
         }
     }
     graph.outputs = graph.outputs.iter().map(|&(_, id)| (output_name(&graph, id), id)).collect();
-    graph.groups[0] = Group { name: "alone".to_string(), schedule: None, measured: false, ..graph.groups[0].clone() };
+    graph.groups[0] =
+        Group { name: "alone".to_string(), schedule: None, measured: false, ..graph.groups[0].clone() };
     graph.packs.iter_mut().enumerate().for_each(|(at, pack)| pack.name = format!("alone.{at}"));
     graph.to_string()
 }

@@ -58,7 +58,7 @@ impl AttentionSchedule {
 /// Keys of a tile unless a schedule says otherwise. Cache capacities are multiples of it.
 pub const KEYS: usize = 64;
 
-/// Register tiles that the machine holds, largest first. All have [`KEYS`] keys: entry points that share a cache then give
+/// Register tiles that the machine holds, best first as measured: many rows above all. All have [`KEYS`] keys: entry points that share a cache then give
 /// the same bits.
 ///
 /// # Errors
@@ -69,7 +69,9 @@ pub fn schedules(view: &GroupView<'_>, target: &Target) -> Result<Vec<String>, L
     let wide = target.registers_per_vector();
     let fits = |mr: usize, nr: usize| (mr * nr + nr) * wide < target.vector_registers;
     let most = if shape.one_step { shape.per_kv.min(8) } else { 6 };
-    let tiles = (1..=most).rev().flat_map(|mr| [4, 2, 1].map(|nr| (mr, nr)));
+    // One position has too few rows to use a vector of keys often: the narrowest tile loads the least.
+    let widths = if shape.one_step { [1, 2, 4] } else { [4, 2, 1] };
+    let tiles = (1..=most).rev().flat_map(|mr| widths.map(|nr| (mr, nr)));
     let mut tiles: Vec<(usize, usize)> = tiles.filter(|&(mr, nr)| fits(mr, nr)).collect();
     if tiles.is_empty() {
         tiles.push((1, 1));

@@ -276,7 +276,7 @@ pub fn candidates(view: &GroupView<'_>, target: &Target) -> Result<Vec<Candidate
             for (kc, mc) in blocks(words, mr, nr, one_row) {
                 for prefetch in 0..=usize::from(!one_row) {
                     let schedule = DotSchedule { mr, nr, kc, mc, prefetch };
-                    let cost = group.segments.iter().map(|s| segment_cost(s, words, schedule, one_row)).sum();
+                    let cost = group_cost(&group, schedule, wide);
                     ranked.push((cost, schedule));
                 }
             }
@@ -306,28 +306,37 @@ fn blocks(words: usize, mr: usize, nr: usize, one_row: bool) -> Vec<(usize, usiz
     blocks
 }
 
-/// Relative cost of a segment: work, times the loads that go with it, times the idle share of workers.
-fn segment_cost(segment: &Segment, words: usize, schedule: DotSchedule, one_row: bool) -> f64 {
+/// Relative cost of a group: its multiplications, times what each of them waits for. The numbers are fitted to what `llamac
+/// tune --report` shows.
+fn group_cost(group: &DotGroup, schedule: DotSchedule, wide: usize) -> f64 {
     let DotSchedule { mr, nr, kc, mc: _, prefetch } = schedule;
-    let panels = segment.n().div_ceil(Pack::LANES);
-    let per_turn = nr / segment.streams.len();
-    let turns = panels.div_ceil(per_turn);
-    let done = (turns * per_turn) as f64 * segment.streams.len() as f64 * words as f64;
+    let words = group.k.div_ceil(word(group.dtype));
+    let turns_of = |s: &Segment| s.n().div_ceil(Pack::LANES).div_ceil(nr / s.streams.len());
+    // Segments follow each other without waiting, so workers are idle at the end of the last one alone.
+    let turns: usize = group.segments.iter().map(turns_of).sum();
+    let done = (turns * nr * words) as f64;
     let idle: f64 =
         [2, 4, 8].iter().map(|w| (turns.div_ceil(*w) * w) as f64 / turns as f64).sum::<f64>() / 3.0;
-    if one_row {
+    if group.m.constant() == Some(1) {
         // A row streams weights, which the hardware asks for early by itself. A step of `k` takes a multiplication's latency,
-        // some six cycles: four vectors a step reach the memory's rate, two hardly, one does not.
-        let wait = [1.5, 1.2, 1.05, 1.0, 1.0, 1.05][(nr - 1).min(5)];
+        // some six cycles: three vectors a step reach the memory's rate, two hardly, one does not.
+        let wait = [1.2, 1.05, 1.01, 1.0, 1.0, 1.02][(nr - 1).min(5)];
         return done * idle * if prefetch > 0 { 1.1 * wait } else { wait };
     }
-    let loads = 1.0 + 0.5 * (mr + nr) as f64 / (mr * nr) as f64 + if mr * nr < 20 { 0.3 } else { 0.0 };
-    // The weights of a turn are read again for each tile: they should stay in a core's larger cache. Storing sums between
-    // blocks costs less than that, but it costs.
-    let block = if kc == 0 { words } else { kc } * nr * 64;
-    let spills =
-        if block > 768 << 10 { 1.1 } else { 1.0 } * if kc > 0 { 1.0 + 4.0 / kc as f64 + 0.01 } else { 1.0 };
-    done * loads * idle * spills * if prefetch > 0 { 1.0 } else { 1.05 }
+    // A sum waits for its last multiplication: two pipelines that take four cycles (f32) or six (bf16) want as many sums.
+    let sums = (mr * nr * wide) as f64;
+    let wanted = if group.dtype == DType::BF16 { 12.0 } else { 8.0 };
+    let chain = (1.0 + (wanted / sums).powi(8)).powf(0.125);
+    // Loads hide behind the multiplications, until there are more than half as many.
+    let ratio = (mr + nr) as f64 / (mr * nr) as f64;
+    let loads = 1.0 + 0.05 * ratio + 0.3 * (ratio - 0.6).max(0.0);
+    // The last tile of a step of a few hundred rows is half empty.
+    let rest = 1.0 + (mr - 1) as f64 / 512.0;
+    // The weights of a turn are read again for each tile: they should stay in a core's larger cache, of a mebibyte or so.
+    // Storing sums between blocks costs something too.
+    let block = (if kc == 0 { words } else { kc } * nr * 64) as f64 / f64::from(1 << 20);
+    let spills = (1.0 + 0.15 * block.powi(4).min(10.0)) * if kc > 0 { 1.01 + 3.0 / kc as f64 } else { 1.0 };
+    done * idle * chain * loads * rest * spills * if prefetch > 0 { 1.0 } else { 1.02 }
 }
 
 /// The kernel of a dot group.

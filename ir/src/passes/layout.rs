@@ -1,28 +1,37 @@
 //! Chooses how weights, caches and activations lie in memory.
 //!
 //! * Takes: a fused graph. Gives: the same with a [`Pack`](crate::graph::Pack) for each segment of each product, panels
-//!   for caches that attention reads, and a row pitch for what a product of many rows reads.
+//!   for caches that attention reads, and a row pitch for tensors with a row a token.
 //! * Never: changes a value. A packing depends on shapes and streams alone, so decode and prefill share it.
 //! * Cost: O(values * groups). Tests: `tests/ir/layout/`.
 
 use crate::dtype::DType;
 use crate::families::{GroupView, dot, storage};
-use crate::graph::{Family, Graph, Layout};
+use crate::graph::{Family, Graph, Layout, ValueId};
 use crate::op::Op;
+
+/// Is this a tensor between kernels with rows for the tokens of a step? What a program gives back lies without gaps.
+fn many_rows(graph: &Graph, id: ValueId) -> bool {
+    let shape = &graph[id].ty.shape;
+    let is_output = graph.outputs.iter().any(|(_, output)| *output == id);
+    let is_state = matches!(graph[storage(graph, id)].op, Op::State { .. });
+    shape.len() > 1 && shape[0].constant().is_none() && !is_output && !is_state
+}
 
 /// Chooses layouts.
 pub fn layout(graph: &mut Graph) {
     let mut packs = Vec::new();
     let mut layouts = Vec::new();
     for view in GroupView::all(graph) {
+        let rows = view.roots.iter().filter(|&&id| many_rows(graph, id));
+        layouts.extend(rows.map(|&id| {
+            let columns = graph[id].ty.shape[1..].iter().filter_map(|dim| dim.constant()).product::<i64>();
+            (id, Layout::Rows { pitch: dot::row_pitch(columns as usize, graph[id].ty.dtype) })
+        }));
         match view.family() {
             Family::Dot => {
                 let Ok(group) = dot::analyse(&view) else { continue }; // `lower` says why.
                 packs.extend(dot::packs(&view, &group));
-                let left = dot::stored_left(&view, group.a).filter(|&a| graph[a].group.is_some());
-                if let Some(left) = left.filter(|_| group.m.constant().is_none()) {
-                    layouts.push((left, Layout::Rows { pitch: dot::row_pitch(group.k, group.dtype) }));
-                }
             }
             Family::Attention => {
                 for &id in view.values.iter().filter(|&&id| matches!(graph[id].op, Op::Attention { .. })) {
