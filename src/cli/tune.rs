@@ -248,10 +248,10 @@ impl Shown<'_> {
             ]
         };
         let heads =
-            ["kernel", "dtype", "tokens>", "timed>", "rank corr.>", "regret>", "predicted best", "best"];
+            ["kernel", "dtype", "tokens>", "timed>", "rank corr.>", "regret>", "predicted best", "chosen"];
         let mut text = format!("{}: {}, {}\n\n", self.path.display(), self.machine, compiler());
         text += &columns(&heads, &rows.iter().map(row).collect::<Vec<_>>());
-        text += "\nrank corr.: predicted against measured order (Spearman); regret: how much longer the predicted best takes\n";
+        text += "\nrank corr.: predicted against measured order (Spearman); regret: how much longer the predicted best takes than what was chosen\n";
         print(&text)
     }
 

@@ -33,7 +33,7 @@ pub struct Choice {
 pub fn choices(table: &Table, compiler: &str, machine: &str) -> Vec<Choice> {
     let of = |record: &Record| {
         let Outcome::Chosen { tried, legal, limit_s, times } = &record.outcome else { return None };
-        let seconds = quantile(&times.seconds, 0.5);
+        let shares: Vec<f64> = limit_s.iter().zip(&times.seconds).map(|(limit, of)| limit / of).collect();
         let same = |r: &&Record| r.key == record.key;
         let is_bad = |r: &&Record| !matches!(r.outcome, Outcome::Timed { .. } | Outcome::Chosen { .. });
         Some(Choice {
@@ -43,8 +43,8 @@ pub fn choices(table: &Table, compiler: &str, machine: &str) -> Vec<Choice> {
             tokens: record.tokens,
             schedule: record.schedule.clone(),
             gain: 1.0 / times.ratio(),
-            share_of_limit: limit_s / seconds,
-            seconds,
+            share_of_limit: quantile(&shares, 0.5),
+            seconds: quantile(&times.seconds, 0.5),
             tried: [*tried, *legal],
             bad: table.records.iter().filter(same).filter(is_bad).count(),
         })
@@ -70,15 +70,15 @@ pub struct Prediction {
     pub timed: usize,
     /// Rank correlation of predicted and measured (Spearman): 1 is the same order.
     pub correlation: f64,
-    /// How much longer the predicted best takes than the best: 0.05 is 5 %.
+    /// How much longer the predicted best takes than what was chosen, in the last turns: 0.05 is 5 %.
     pub regret: f64,
-    /// The best.
+    /// What was chosen.
     pub best: String,
     /// The predicted best.
     pub predicted: String,
 }
 
-/// Predictions of every kernel of which three schedules or more were timed by a compiler on a machine.
+/// Predictions of every kernel of which a schedule was chosen among three or more, by a compiler on a machine.
 pub fn predictions(table: &Table, compiler: &str, machine: &str) -> Vec<Prediction> {
     let mut by_kernel: BTreeMap<&Key, Vec<(&Record, usize, f64)>> = BTreeMap::new();
     for record in table.records.iter().filter(|r| r.key.compiler == compiler && r.key.machine == machine) {
@@ -86,13 +86,11 @@ pub fn predictions(table: &Table, compiler: &str, machine: &str) -> Vec<Predicti
             by_kernel.entry(&record.key).or_default().push((record, *rank, times.best_ratio()));
         }
     }
-    let of = |timed: Vec<(&Record, usize, f64)>| {
-        let predicted = timed.iter().min_by_key(|(_, rank, _)| *rank)?;
-        let best = timed.iter().min_by(|a, b| a.2.total_cmp(&b.2))?;
-        if timed.len() < 3 {
-            return None;
-        }
-        let record = best.0;
+    let chosen = table.choices(compiler, machine);
+    let of = |(key, timed): (&Key, Vec<(&Record, usize, f64)>)| {
+        let predicted = timed.iter().min_by_key(|(_, rank, _)| *rank).filter(|_| timed.len() >= 3)?;
+        let record = chosen.get(&key.target, &key.group)?;
+        let Outcome::Chosen { times, .. } = &record.outcome else { return None };
         Some(Prediction {
             kernel: record.kernel.clone(),
             family: record.family.clone(),
@@ -102,12 +100,12 @@ pub fn predictions(table: &Table, compiler: &str, machine: &str) -> Vec<Predicti
             correlation: spearman(
                 &timed.iter().map(|(_, rank, ratio)| (*rank as f64, *ratio)).collect::<Vec<_>>(),
             ),
-            regret: predicted.2 / best.2 - 1.0,
+            regret: 1.0 / times.ratio() - 1.0,
             best: record.schedule.clone(),
             predicted: predicted.0.schedule.clone(),
         })
     };
-    let mut rows: Vec<Prediction> = by_kernel.into_values().filter_map(of).collect();
+    let mut rows: Vec<Prediction> = by_kernel.into_iter().filter_map(of).collect();
     rows.sort_by_key(|p| (p.dtype.clone(), p.tokens != 1, p.tokens, p.kernel.clone()));
     rows
 }

@@ -85,8 +85,8 @@ pub enum Outcome {
         tried: usize,
         /// Schedules that there are.
         legal: usize,
-        /// Seconds that the machine's ceilings, measured in the same turns, allow at least.
-        limit_s: f64,
+        /// Seconds that the machine's ceilings, measured in each turn, allow at least.
+        limit_s: Vec<f64>,
         /// Of each turn.
         #[serde(flatten)]
         times: Times,
@@ -337,7 +337,7 @@ mod tests {
             schedule: schedule.into(),
             class: String::new(),
             when,
-            outcome: Outcome::Chosen { tried: 3, legal: 9, limit_s: 0.5, times },
+            outcome: Outcome::Chosen { tried: 3, legal: 9, limit_s: vec![0.5; 3], times },
         }
     }
 

@@ -81,7 +81,7 @@ pub fn tasks(lowered: &Lowered, target: &Target) -> Result<Vec<Task>, LowerError
             }
             let tokens = entry.graph.symbols.max()[0] as usize;
             tasks.push(Task {
-                graph: alone(view),
+                graph: alone(view).0,
                 kernel: view.name().rsplit_once('.').map_or(view.name(), |(_, name)| name).to_string(),
                 family: view.family(),
                 group,
@@ -119,7 +119,7 @@ mod tests {
                 for (view, launch) in GroupView::all(&entry.graph).iter().zip(&entry.launches) {
                     let known = kernels.entry(signature(view)).or_insert(launch.kernel);
                     assert_eq!(*known, launch.kernel, "@{}", view.name());
-                    let graph = alone(view);
+                    let (graph, _) = alone(view);
                     verify(&graph).unwrap();
                     assert_eq!(parse(&graph.to_string()).unwrap(), graph);
                     let mut own = Kernels::default();

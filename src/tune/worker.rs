@@ -108,8 +108,8 @@ pub enum Told {
     Timed {
         /// By schedule and turn.
         seconds: Vec<Vec<f64>>,
-        /// What the ceilings allow at least, if that was asked for.
-        limit_s: Option<f64>,
+        /// What the ceilings of each turn allow at least, if that was asked for.
+        limit_s: Vec<f64>,
     },
     /// What was asked cannot be done.
     Failed {
@@ -309,11 +309,14 @@ impl Worker {
         ceilings: bool,
     ) -> Result<Told, Box<dyn Error>> {
         let mut times = vec![Vec::new(); schedules.len()];
-        let mut limit_s = f64::INFINITY;
-        for _ in 0..turns {
-            for (schedule, times) in schedules.iter().zip(&mut times) {
+        let mut limit_s = Vec::new();
+        for turn in 0..turns {
+            // Who runs first finds the caches as the ceilings left them: each does in its turn.
+            for at in 0..schedules.len() {
+                let number = (turn + at) % schedules.len();
                 // Whatever else the machine does makes a run longer, never shorter.
-                times.push(self.alone(schedule)?.times(seconds).into_iter().fold(f64::INFINITY, f64::min));
+                let runs = self.alone(&schedules[number])?.times(seconds);
+                times[number].push(runs.into_iter().fold(f64::INFINITY, f64::min));
             }
             if ceilings {
                 // What the kernel finds in a cache, the meter does too.
@@ -323,10 +326,10 @@ impl Worker {
                     read_bytes_per_s: meter::best(&self.meter.read(memory, CEILING_SECONDS)),
                     dot_flops: meter::best(&self.meter.dot(self.dot, CEILING_SECONDS)),
                 };
-                limit_s = limit_s.min(top.seconds(self.alone(&schedules[0])?.cost));
+                limit_s.push(top.seconds(self.alone(&schedules[0])?.cost));
             }
         }
-        Ok(Told::Timed { seconds: times, limit_s: ceilings.then_some(limit_s) })
+        Ok(Told::Timed { seconds: times, limit_s })
     }
 }
 

@@ -183,7 +183,7 @@ fn taken() -> Checked<()> {
         outcome: Outcome::Chosen {
             tried: 1,
             legal: task.candidates.len(),
-            limit_s: 1.0,
+            limit_s: vec![1.0],
             times: Times { seconds: vec![1.0], default_s: vec![2.0] },
         },
     };

@@ -8,11 +8,11 @@ use crate::graph::{Family, Graph, Group, GroupId, Pack, Stream, Value, ValueId};
 use crate::op::Op;
 use std::collections::BTreeMap;
 
-/// The group, with the names that it has in the whole graph.
+/// The group, with the names that it has in the whole graph; and for each value the one that it is there.
 ///
 /// What other groups compute becomes an input of the same type and layout; a cache that another group appended to is the
 /// state that it lies in.
-pub fn alone(view: &GroupView<'_>) -> Graph {
+pub fn alone(view: &GroupView<'_>) -> (Graph, Vec<ValueId>) {
     let graph = view.graph;
     // What is read stands in the order of first use, so that layers of a model give the same text.
     let mut taken: Vec<ValueId> = Vec::new();
@@ -34,13 +34,14 @@ pub fn alone(view: &GroupView<'_>) -> Graph {
             Op::CacheAppend => graph[storage(graph, id)].op.clone(),
             _ => Op::Input { name: of.name.clone() },
         };
+        let kept = &graph[if inside { id } else { storage(graph, id) }];
         Value {
-            name: of.name.clone(),
+            name: kept.name.clone(),
             op,
             operands: if inside { of.operands.iter().map(|o| number[o]).collect() } else { Vec::new() },
             ty: of.ty.clone(),
             group: inside.then_some(GroupId(0)),
-            layout: if inside { of.layout } else { graph[storage(graph, id)].layout },
+            layout: kept.layout,
             remarks: Vec::new(),
         }
     };
@@ -56,14 +57,15 @@ pub fn alone(view: &GroupView<'_>) -> Graph {
         let stream = |stream: &Stream| Stream { weight: number[&stream.weight], ..stream.clone() };
         Pack { streams: pack.streams.iter().map(stream).collect(), ..pack.clone() }
     };
-    Graph {
+    let graph = Graph {
         name: view.name().to_string(),
         symbols: graph.symbols.clone(),
         values: taken.iter().map(value).collect(),
         outputs: view.roots.iter().map(|&root| (output_name(graph, root), number[&root])).collect(),
         groups: vec![group],
         packs: graph.packs.iter().filter(own).filter(of_these).map(pack).collect(),
-    }
+    };
+    (graph, taken)
 }
 
 /// A result's name; the next contents of a state bear the state's.
@@ -81,7 +83,7 @@ fn is_number(text: &str) -> bool {
 /// What a group computes, as text in which nothing else counts: neither names nor the layer, neither the schedule nor how
 /// many slots a cache has, which moves addresses and no choice. Groups that share a kernel have the same text.
 pub fn signature(view: &GroupView<'_>) -> String {
-    let mut graph = alone(view);
+    let (mut graph, _) = alone(view);
     graph.name = "alone".to_string();
     graph.symbols = view.kernel_symbols();
     let rows: Vec<bool> = graph.values.iter().map(|value| value.layout.is_none()).collect();
