@@ -9,8 +9,7 @@
 use crate::predict::{self, Ceilings};
 use ir::graph::Family;
 use ir::plan::{Cost, Give, Plan};
-use runtime::cpu::{CpuProgram, Tap};
-use runtime::device::{DeviceError, Program, State, Step, Want};
+use runtime::device::{DeviceError, State, Step, Tap, Tapped, Want};
 use runtime::meter;
 use serde::{Serialize, Serializer};
 use serde_json::{Value, json};
@@ -169,7 +168,7 @@ const BLOCK_SECONDS: f64 = 0.2;
 ///
 /// [`DeviceError::ContextFull`] before anything is run; [`DeviceError::NoTaps`]; or what the machine says.
 pub fn profile(
-    program: &mut CpuProgram,
+    program: &mut dyn Tapped,
     options: &Options,
     ceilings: &mut dyn FnMut() -> Ceilings,
 ) -> Result<Profile, DeviceError> {
@@ -195,7 +194,7 @@ pub fn profile(
 
 /// A prompt into an empty cache, and steps after it.
 struct Turn<'a> {
-    program: &'a mut CpuProgram,
+    program: &'a mut dyn Tapped,
     plan: &'a Plan,
     state: State,
     trace: &'a mut Vec<TracedStep>,

@@ -8,11 +8,12 @@
 
 use crate::artifact::Artifact;
 use crate::code::{ABI, Code};
-use crate::device::{Device, DeviceError, Program, State, Step, StepOutputs, Want};
+use crate::device::{Device, DeviceError, Memory, Program, State, Step, StepOutputs, Tap, Tapped, Want};
 use crate::manifest::{Manifest, TargetCode, WEIGHTS};
 use crate::map::{FileBytes, OwnedBuf};
 use ir::dim::MAX_SYMBOLS;
 use ir::plan::{Entry, Give, Place, Plan};
+use std::borrow::Cow;
 use std::collections::HashMap;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -27,6 +28,10 @@ pub struct Cpu {
 
 impl Device for Cpu {
     fn load(&mut self, artifact: &Artifact) -> Result<Box<dyn Program>, DeviceError> {
+        Ok(Box::new(self.open(artifact)?))
+    }
+
+    fn load_tapped(&mut self, artifact: &Artifact) -> Result<Box<dyn Tapped>, DeviceError> {
         Ok(Box::new(self.open(artifact)?))
     }
 }
@@ -162,42 +167,6 @@ impl CpuProgram {
         })
     }
 
-    /// The plan that it runs.
-    pub fn plan(&self) -> &Plan {
-        &self.plan
-    }
-
-    /// As [`Program::run`], launch by launch: `after` is called after each, in their order. The result is the same to the
-    /// bit: the kernels are the same functions, called with the same buffers.
-    ///
-    /// # Errors
-    ///
-    /// As [`Program::run`]; [`DeviceError::NoTaps`] if the artifact was compiled without.
-    pub fn run_tapped(
-        &mut self,
-        step: &Step<'_>,
-        state: &mut State,
-        after: &mut dyn FnMut(Tap<'_>),
-    ) -> Result<StepOutputs, DeviceError> {
-        if !self.taps {
-            return Err(DeviceError::NoTaps { file: self.file.clone() });
-        }
-        let (number, symbols) = self.begin(step, state)?;
-        let before: usize = self.plan.entries[..number].iter().map(|entry| entry.launches.len()).sum();
-        let first = self.plan.entries.len() + before;
-        let cache = state.inner_mut::<OwnedBuf>()?;
-        let origin = Instant::now();
-        for launch in 0..self.plan.entries[number].launches.len() {
-            // Anew: what `after` read of the memory ended the table's right to write it.
-            let table = self.table(cache);
-            // SAFETY: invariants 1 and 2.
-            let workers = unsafe { self.code.run_tap(first + launch, &table, symbols, origin) };
-            after(Tap { entry: &self.plan.entries[number], launch, workers: &workers, program: self, cache });
-        }
-        state.advance(step.tokens.len());
-        Ok(self.outputs(step, number))
-    }
-
     /// Checks a step and writes its inputs. Gives the number of its entry point, and the values of the symbols.
     fn begin(
         &mut self,
@@ -301,37 +270,46 @@ impl Program for CpuProgram {
     }
 }
 
-/// A launch that was just run.
-#[derive(Clone, Copy)]
-pub struct Tap<'a> {
-    /// The entry point.
-    pub entry: &'a Entry,
-    /// Number of the launch in it.
-    pub launch: usize,
-    /// When each worker worked, in seconds since the step began.
-    pub workers: &'a [Range<f64>],
+impl Tapped for CpuProgram {
+    fn plan(&self) -> &Plan {
+        &self.plan
+    }
+
+    fn run_tapped(
+        &mut self,
+        step: &Step<'_>,
+        state: &mut State,
+        after: &mut dyn FnMut(Tap<'_>),
+    ) -> Result<StepOutputs, DeviceError> {
+        if !self.taps {
+            return Err(DeviceError::NoTaps { file: self.file.clone() });
+        }
+        let (number, symbols) = self.begin(step, state)?;
+        let before: usize = self.plan.entries[..number].iter().map(|entry| entry.launches.len()).sum();
+        let first = self.plan.entries.len() + before;
+        let cache = state.inner_mut::<OwnedBuf>()?;
+        let origin = Instant::now();
+        for launch in 0..self.plan.entries[number].launches.len() {
+            // Anew: what `after` read of the memory ended the table's right to write it.
+            let table = self.table(cache);
+            // SAFETY: invariants 1 and 2.
+            let workers = unsafe { self.code.run_tap(first + launch, &table, symbols, origin) };
+            let memory = &CpuMemory { program: self, cache };
+            after(Tap { entry: &self.plan.entries[number], launch, workers: &workers, memory });
+        }
+        state.advance(step.tokens.len());
+        Ok(self.outputs(step, number))
+    }
+}
+
+/// A program's memory with that of a state.
+struct CpuMemory<'a> {
     program: &'a CpuProgram,
     cache: &'a OwnedBuf,
 }
 
-impl<'a> Tap<'a> {
-    /// From when the first worker began until the last was done.
-    pub fn span(&self) -> Range<f64> {
-        let begin = self.workers.iter().map(|w| w.start).fold(f64::INFINITY, f64::min);
-        begin..self.workers.iter().map(|w| w.end).fold(begin, f64::max)
-    }
-
-    /// Seconds that the launch took.
-    pub fn seconds(&self) -> f64 {
-        self.span().end - self.span().start
-    }
-
-    /// What a buffer holds now, by its number in the plan. Other launches may have used an arena buffer's place since.
-    ///
-    /// # Panics
-    ///
-    /// If the plan has no such buffer.
-    pub fn bytes(&self, buffer: usize) -> &'a [u8] {
+impl Memory for CpuMemory<'_> {
+    fn bytes(&self, buffer: usize) -> Cow<'_, [u8]> {
         let program = self.program;
         let bytes = program.plan.buffers[buffer].bytes;
         let (memory, at): (&[u8], usize) = match program.plan.buffers[buffer].place {
@@ -340,7 +318,7 @@ impl<'a> Tap<'a> {
             Place::State => (self.cache, program.offsets[&buffer]),
             Place::Input => (&program.inputs, program.offsets[&buffer]),
         };
-        &memory[at..at + bytes]
+        Cow::Borrowed(&memory[at..at + bytes])
     }
 }
 

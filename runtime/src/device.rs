@@ -3,7 +3,11 @@
 //! Generation, evaluation, comparison and benches are written once, over `dyn Program`.
 
 use std::any::Any;
+use std::borrow::Cow;
 use std::fmt;
+use std::ops::Range;
+
+use ir::plan::{Entry, Plan};
 
 use crate::artifact::{Artifact, ArtifactError};
 use crate::map::MapError;
@@ -16,6 +20,15 @@ pub trait Device {
     ///
     /// [`DeviceError::MissingFeature`], [`DeviceError::OutOfMemory`], [`DeviceError::Artifact`] or [`DeviceError::Driver`].
     fn load(&mut self, artifact: &Artifact) -> Result<Box<dyn Program>, DeviceError>;
+
+    /// As [`Device::load`], for who looks between launches.
+    ///
+    /// # Errors
+    ///
+    /// As [`Device::load`]; [`DeviceError::NoLaunches`] from a device that has none.
+    fn load_tapped(&mut self, artifact: &Artifact) -> Result<Box<dyn Tapped>, DeviceError> {
+        Err(DeviceError::NoLaunches { file: artifact.file().to_path_buf() })
+    }
 }
 
 /// A loaded model. It holds the weights and workspace; what a conversation has said so far is in a [`State`].
@@ -42,6 +55,66 @@ pub trait Program {
     ///
     /// What [`Step::check`] finds, with nothing done; [`DeviceError::ForeignState`]; or what the machine says.
     fn run(&mut self, step: &Step<'_>, state: &mut State) -> Result<StepOutputs, DeviceError>;
+}
+
+/// A program that runs launch by launch too, and shows what each has left in memory.
+pub trait Tapped: Program {
+    /// The plan that it runs.
+    fn plan(&self) -> &Plan;
+
+    /// As [`Program::run`], launch by launch: `after` is called after each, in their order. The result is the same to the
+    /// bit: the kernels are the same functions, called with the same buffers.
+    ///
+    /// # Errors
+    ///
+    /// As [`Program::run`]; [`DeviceError::NoTaps`] if the artifact was compiled without.
+    fn run_tapped(
+        &mut self,
+        step: &Step<'_>,
+        state: &mut State,
+        after: &mut dyn FnMut(Tap<'_>),
+    ) -> Result<StepOutputs, DeviceError>;
+}
+
+/// A launch that was just run.
+#[derive(Clone, Copy)]
+pub struct Tap<'a> {
+    /// The entry point.
+    pub entry: &'a Entry,
+    /// Number of the launch in it.
+    pub launch: usize,
+    /// When each worker worked, in seconds since the step began.
+    pub workers: &'a [Range<f64>],
+    /// The device's memory.
+    pub memory: &'a dyn Memory,
+}
+
+impl<'a> Tap<'a> {
+    /// From when the first worker began until the last was done.
+    pub fn span(&self) -> Range<f64> {
+        let begin = self.workers.iter().map(|w| w.start).fold(f64::INFINITY, f64::min);
+        begin..self.workers.iter().map(|w| w.end).fold(begin, f64::max)
+    }
+
+    /// Seconds that the launch took.
+    pub fn seconds(&self) -> f64 {
+        self.span().end - self.span().start
+    }
+
+    /// As [`Memory::bytes`].
+    pub fn bytes(&self, buffer: usize) -> Cow<'a, [u8]> {
+        self.memory.bytes(buffer)
+    }
+}
+
+/// What the buffers of a plan hold between two launches.
+pub trait Memory {
+    /// What a buffer holds now, by its number in the plan. Other launches may have used an arena buffer's place since.
+    ///
+    /// # Panics
+    ///
+    /// If the plan has no such buffer.
+    fn bytes(&self, buffer: usize) -> Cow<'_, [u8]>;
 }
 
 /// What a step shall give back. The model's head runs for those positions only.
@@ -187,6 +260,9 @@ pub enum DeviceError {
     /// Code that can be run whole, but not launch by launch.
     #[error("{file}: has no taps; `compile --taps` makes code that has", file = .file.display())]
     NoTaps { file: std::path::PathBuf },
+    /// A device that runs graphs or nothing, and has no launches to look between.
+    #[error("{file}: this device has no launches to look between; the device cpu has", file = .file.display())]
+    NoLaunches { file: std::path::PathBuf },
     /// A launch was refused or failed; `said` is what the driver said.
     #[error("launch of {kernel} failed: {said}")]
     Launch { kernel: String, said: String },

@@ -429,7 +429,9 @@ fn device(error: &DeviceError) -> Exit {
         }
         DeviceError::OutOfMemory { .. } => Exit::Room,
         DeviceError::Artifact(error) => artifact(error),
-        DeviceError::Launch { .. } | DeviceError::Driver { .. } => Exit::Device,
+        DeviceError::NoLaunches { .. } | DeviceError::Launch { .. } | DeviceError::Driver { .. } => {
+            Exit::Device
+        }
     }
 }
 
@@ -578,7 +580,7 @@ fn device_facts(error: &DeviceError) -> Facts {
         E::MissingFeature { file, needs, has } => Facts::of(has, needs).file(file),
         E::OutOfMemory { needed, available } => Facts::of(available, needed),
         E::Artifact(error) => artifact_facts(error),
-        E::BadPlan { file, .. } | E::NoTaps { file } => Facts::default().file(file),
+        E::BadPlan { file, .. } | E::NoTaps { file } | E::NoLaunches { file } => Facts::default().file(file),
     }
 }
 

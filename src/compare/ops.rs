@@ -15,8 +15,7 @@ use ir::families::{Arg, GroupView, storage};
 use ir::graph::ValueId;
 use ir::interp::{InterpError, Tensor};
 use ir::op::Op;
-use runtime::cpu::{CpuProgram, Tap};
-use runtime::device::{DeviceError, Program, Step, Want};
+use runtime::device::{DeviceError, Step, Tap, Tapped, Want};
 use runtime::interpreter::InterpretedProgram;
 use std::collections::{BTreeMap, HashMap};
 use std::rc::Rc;
@@ -57,7 +56,7 @@ impl Ops {
     /// [`OpsError`].
     pub fn judge(
         &mut self,
-        program: &mut CpuProgram,
+        program: &mut dyn Tapped,
         lowered: &Lowered,
         weights: &mut InterpretedProgram,
         tokens: &[i32],

@@ -10,8 +10,8 @@ use llamac::model::Model;
 use llamac::predict;
 use llamac::weights::Source;
 use runtime::artifact::Artifact;
-use runtime::cpu::{Cpu, CpuProgram};
-use runtime::device::{Device, DeviceError, Program, Step, Want};
+use runtime::cpu::Cpu;
+use runtime::device::{Device, DeviceError, Program, Step, Tapped, Want};
 use runtime::manifest::WEIGHTS;
 use serde_json::Value;
 use std::ops::ControlFlow;
@@ -77,7 +77,7 @@ fn taps() -> Checked<()> {
 
 /// Runs a step launch by launch, and looks at all that a tap shows.
 fn run_tapped(
-    program: &mut CpuProgram,
+    program: &mut dyn Tapped,
     step: &Step<'_>,
     state: &mut runtime::device::State,
     artifact: &Artifact,
