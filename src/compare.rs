@@ -2,6 +2,7 @@
 //!
 //! * [`weights`]: the graph and each packed weight of an artifact, bit for bit against the checkpoint.
 //! * [`ops`] (feature `compiler`): each launch, on what the program itself fed it.
+//! * [`stored`] (feature `compiler`): what a launch has left in memory, value by value.
 //! * [`logits`]: what the program says, against reference logits.
 //!
 //! Tolerances are [`crate::judge`]'s.
@@ -9,6 +10,8 @@
 pub mod logits;
 #[cfg(feature = "compiler")]
 pub mod ops;
+#[cfg(feature = "compiler")]
+pub mod stored;
 pub mod weights;
 
 use serde::Serialize;

@@ -239,6 +239,10 @@ pub fn compile(
         };
         section(&mut writer, &target.plan_section(), code.lowered.plan.to_string().as_bytes())?;
         section(&mut writer, &target.code_section(), linked)?;
+        if options.taps {
+            let fused = code.text(&request, Stage::Fused)?;
+            section(&mut writer, &target.fused_section(), fused.as_bytes())?;
+        }
         targets.push(target);
     }
     if let Some(choices) = options.measured {

@@ -53,6 +53,11 @@ impl TargetCode {
     pub fn code_section(&self) -> String {
         format!("code.{}", self.name)
     }
+
+    /// Section of the graphs' text after all passes, which says what each launch stores; beside taps.
+    pub fn fused_section(&self) -> String {
+        format!("fused.{}", self.name)
+    }
 }
 
 /// Section of the graph's text: what the artifact computes, before any pass.

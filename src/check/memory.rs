@@ -2,6 +2,7 @@
 //!
 //! Written from the layouts' text and not with the generators' code, which it helps to judge.
 
+use super::device::decode;
 use ir::dim::MAX_SYMBOLS;
 use ir::families::{Arg, storage};
 use ir::graph::{Graph, GroupId, Layout, Pack, ValueId};
@@ -37,6 +38,30 @@ pub fn tensor_of(graph: &Graph, id: ValueId, symbols: &[i64; MAX_SYMBOLS], held:
         Some((cells, _)) => cells.into_iter().map(|cell| held[cell]).collect(),
     };
     Tensor { dtype: ty.dtype, shape, data }
+}
+
+/// The tensor that memory holds as `id`, by the layout of its text; `None` if the memory ends before the tensor does.
+///
+/// # Panics
+///
+/// On dtypes that no kernel keeps in memory.
+pub fn stored(graph: &Graph, id: ValueId, symbols: &[i64; MAX_SYMBOLS], bytes: &[u8]) -> Option<Tensor> {
+    let (ty, layout) = (&graph[id].ty, graph[storage(graph, id)].layout);
+    let (elems, size) = (ty.elems(symbols), ty.dtype.bytes(1));
+    // Before anything of its size is allocated.
+    elems.checked_mul(size).filter(|&least| least <= bytes.len())?;
+    let shape: Vec<usize> = ty.shape.iter().map(|dim| dim.eval(symbols) as usize).collect();
+    let cells: Vec<usize> = match (cells(&shape, layout), layout) {
+        (Some((cells, _)), _) => cells,
+        (None, Some(Layout::Rows { pitch })) => {
+            let row: usize = shape[1..].iter().product();
+            (0..elems).map(|at| at / row * pitch + at % row).collect()
+        }
+        (None, _) => (0..elems).collect(),
+    };
+    let end = cells.iter().max().map_or(0, |last| last + 1);
+    let held = decode(ty.dtype, bytes.get(..end.checked_mul(size)?)?);
+    Some(Tensor { dtype: ty.dtype, data: cells.into_iter().map(|cell| held[cell]).collect(), shape })
 }
 
 /// Where each element of a parameter lies, in elements from its beginning, and the elements from there to its end.

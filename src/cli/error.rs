@@ -24,6 +24,8 @@ use llamac::check::walk::WalkError;
 #[cfg(feature = "compiler")]
 use llamac::compare::ops::OpsError;
 #[cfg(feature = "compiler")]
+use llamac::compare::stored::StoredError;
+#[cfg(feature = "compiler")]
 use llamac::compile::CompileError;
 #[cfg(feature = "compiler")]
 use llamac::reference::ReferenceError;
@@ -260,6 +262,7 @@ impl CliError {
             #[cfg(feature = "compiler")]
             CliError::Ops(error) => match error {
                 OpsError::Device(error) => device(error),
+                OpsError::Stored(error) => stored(error),
                 OpsError::Oracle(_) => Exit::Bug,
                 OpsError::OtherPlan => Exit::Artifact,
             },
@@ -350,6 +353,8 @@ impl CliError {
             #[cfg(feature = "compiler")]
             CliError::Ops(OpsError::Device(error)) => device_facts(error),
             #[cfg(feature = "compiler")]
+            CliError::Ops(OpsError::Stored(error)) => stored_facts(error),
+            #[cfg(feature = "compiler")]
             CliError::Ops(OpsError::Oracle(_) | OpsError::OtherPlan) => Facts::default(),
             #[cfg(feature = "compiler")]
             CliError::Mismatch { model } => Facts::default().file(Path::new(model)),
@@ -393,6 +398,14 @@ fn codegen(error: &CodegenError) -> Exit {
         | CodegenError::NoLinker => Exit::Usage,
         CodegenError::Llvm { .. } | CodegenError::Link { .. } => Exit::Bug,
         CodegenError::Io(error) => write_failed(error),
+    }
+}
+
+#[cfg(feature = "compiler")]
+fn stored(error: &StoredError) -> Exit {
+    match error {
+        StoredError::Artifact(error) => artifact(error),
+        StoredError::Graphs { .. } | StoredError::Place { .. } => Exit::Artifact,
     }
 }
 
@@ -581,6 +594,15 @@ fn device_facts(error: &DeviceError) -> Facts {
         E::OutOfMemory { needed, available } => Facts::of(available, needed),
         E::Artifact(error) => artifact_facts(error),
         E::BadPlan { file, .. } | E::NoTaps { file } | E::NoLaunches { file } => Facts::default().file(file),
+    }
+}
+
+#[cfg(feature = "compiler")]
+fn stored_facts(error: &StoredError) -> Facts {
+    match error {
+        StoredError::Artifact(error) => artifact_facts(error),
+        StoredError::Graphs { file, .. } => Facts::default().file(file),
+        StoredError::Place { .. } => Facts::default(),
     }
 }
 

@@ -3,15 +3,13 @@
 //! An op's operands are what the launches before it stored, read as soon as they had; so an error is blamed on the op that
 //! made it, and a tensor that was overwritten before its reader came on that reader.
 
-use super::{Fault, Seen, layer_of};
-use crate::check::device::decode;
-use crate::check::memory::{positions, tensor_of};
+use super::{Fault, Seen, layer_of, stored};
 use crate::judge::group::expect;
 use crate::judge::{Expected, Mismatch, Shares};
 use crate::pipeline::{Entry, Lowered};
 use ir::DType;
 use ir::dim::MAX_SYMBOLS;
-use ir::families::{Arg, GroupView, storage};
+use ir::families::{GroupView, storage};
 use ir::graph::ValueId;
 use ir::interp::{InterpError, Tensor};
 use ir::op::Op;
@@ -26,6 +24,9 @@ pub enum OpsError {
     /// The device.
     #[error(transparent)]
     Device(#[from] DeviceError),
+    /// Its memory is not as its plan says.
+    #[error(transparent)]
+    Stored(#[from] stored::StoredError),
     /// The oracle.
     #[error(transparent)]
     Oracle(#[from] InterpError),
@@ -106,7 +107,7 @@ impl Ops {
         let layer = layer_of(view.name()).0;
         self.launches += 1;
         for (&root, expected) in view.roots.iter().zip(&expected) {
-            let found = walk.stored(entry, root, tap);
+            let found = stored::tensor(&entry.graph, &walk.lowered.plan, root, &walk.symbols, tap)?;
             match expected.check(&found) {
                 Ok(shares) => {
                     let worst = self.layers.entry(layer).or_default();
@@ -166,20 +167,6 @@ impl Walk<'_> {
             self.known.entry(id).or_insert(tensor);
         }
         Ok(())
-    }
-
-    /// What a launch has just stored as `root`.
-    fn stored(&self, entry: &Entry, root: ValueId, tap: Tap<'_>) -> Tensor {
-        let launched = &entry.launches[tap.launch];
-        let place = Arg::Value(storage(&entry.graph, root));
-        let at = launched.args.iter().position(|arg| *arg == place);
-        let at = at.expect("a root is an argument of its launch");
-        let (_, param) =
-            self.lowered.kernels[launched.kernel].params().nth(at).expect("one for each argument");
-        let bytes = tap.bytes(tap.entry.launches[tap.launch].args[at]);
-        let all = decode(param.dtype, &bytes[..bytes.len() / param.dtype.bytes(1) * param.dtype.bytes(1)]);
-        let held: Vec<f64> = positions(param, &self.symbols).0.into_iter().map(|at| all[at]).collect();
-        tensor_of(&entry.graph, root, &self.symbols, &held)
     }
 
     fn keep(&mut self, entry: &Entry, root: ValueId, found: Tensor) {
