@@ -1,4 +1,4 @@
-//! Files that are whole or not there: written beside their place and renamed.
+//! Files and folders that are whole or not there: written beside their place and renamed.
 
 use std::fs;
 use std::io;
@@ -40,14 +40,48 @@ pub fn write(file: &Path, needed: u64, fill: impl FnOnce(&Path) -> io::Result<()
     Ok(())
 }
 
+/// Has `fill` write about `needed` bytes into a temporary folder, and gives that the name of `place`, where nothing is.
+///
+/// # Errors
+///
+/// [`WriteError`]; no folder is left then. One that is there already is an error too, and stays as it is.
+pub fn write_folder(
+    place: &Path,
+    needed: u64,
+    fill: impl FnOnce(&Path) -> io::Result<()>,
+) -> Result<(), WriteError> {
+    let cannot = |source| WriteError::Io { file: place.into(), source };
+    if place.symlink_metadata().is_ok() {
+        return Err(cannot(io::ErrorKind::AlreadyExists.into()));
+    }
+    let temporary = named(&mut tempfile::Builder::new())
+        .permissions(fs::Permissions::from_mode(0o777))
+        .tempdir_in(folder(place))
+        .map_err(cannot)?;
+    if let Err(source) = fill(temporary.path()) {
+        if !is_full(&source) {
+            return Err(cannot(source));
+        }
+        drop(temporary);
+        let available = free_bytes(folder(place)).map_err(cannot)?;
+        return Err(WriteError::DiskFull { file: place.into(), needed, available });
+    }
+    fs::rename(temporary.path(), place).map_err(cannot)?;
+    // Nothing is there any more that could be removed.
+    let _ = temporary.keep();
+    Ok(())
+}
+
 /// A temporary file in the folder of `file`, removed when it is dropped.
 pub(crate) fn beside(file: &Path) -> io::Result<NamedTempFile> {
-    tempfile::Builder::new()
-        .prefix(".llamac-")
-        .suffix(".tmp")
+    named(&mut tempfile::Builder::new())
         // As any new file, less the umask: temporary files are private, results are not.
         .permissions(fs::Permissions::from_mode(0o666))
         .tempfile_in(folder(file))
+}
+
+fn named<'b, 'n>(builder: &'b mut tempfile::Builder<'n, 'n>) -> &'b mut tempfile::Builder<'n, 'n> {
+    builder.prefix(".llamac-").suffix(".tmp")
 }
 
 /// Is there no room, as far as the system says?
@@ -84,5 +118,18 @@ mod tests {
         let fails = |path: &Path| fs::write(path, "c").and(Err(io::ErrorKind::InvalidInput.into()));
         assert!(matches!(write(&file, 1, fails), Err(WriteError::Io { .. })));
         assert_eq!((fs::read(&file).unwrap(), entries()), (b"a".to_vec(), 1));
+    }
+
+    #[test]
+    fn folders_are_whole_and_never_replaced() {
+        let folder = tempfile::tempdir().unwrap();
+        let place = folder.path().join("a");
+        let entries = || fs::read_dir(folder.path()).unwrap().count();
+        let fails = |path: &Path| fs::write(path.join("f"), "b").and(Err(io::ErrorKind::InvalidInput.into()));
+        assert!(matches!(write_folder(&place, 1, fails), Err(WriteError::Io { .. })));
+        assert_eq!(entries(), 0);
+        write_folder(&place, 1, |path| fs::write(path.join("f"), "a")).unwrap();
+        assert!(write_folder(&place, 1, |path| fs::write(path.join("f"), "c")).is_err());
+        assert_eq!((fs::read(place.join("f")).unwrap(), entries()), (b"a".to_vec(), 1));
     }
 }
