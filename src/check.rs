@@ -249,13 +249,28 @@ pub enum Wrong {
 impl Wrong {
     /// How far beyond the bounds it is.
     pub fn shares(&self) -> Shares {
-        let (hard, typical) = match self {
-            Wrong::Result { mismatch: Mismatch::Element { share, .. }, .. } => (*share, 0.0),
-            Wrong::Result { mismatch: Mismatch::Spread { share }, .. } => (0.0, *share),
-            Wrong::Result { mismatch: Mismatch::Type { .. }, .. } | Wrong::Launch(_) => (f64::INFINITY, 0.0),
-        };
-        Shares { hard, typical, ..Shares::default() }
+        match self {
+            Wrong::Result { mismatch, .. } => mismatch.shares(),
+            Wrong::Launch(_) => Shares { hard: f64::INFINITY, ..Shares::default() },
+        }
     }
+}
+
+/// Launches a group's kernel; gives what it stored, which is nothing on a device that gives nothing.
+///
+/// # Errors
+///
+/// What is wrong before any number is looked at.
+pub fn results(
+    subject: &Subject,
+    group: GroupId,
+    (number, lowered): (usize, &Lowered),
+    device: &mut Device,
+    (symbols, tensors): (&[i64; MAX_SYMBOLS], &Tensors),
+) -> Result<Vec<(ValueId, Tensor)>, LaunchError> {
+    let held = subject.held(group, &lowered.args, tensors);
+    let after = device.run(number, &lowered.kernel, &held, *symbols)?;
+    Ok(after.map_or_else(Vec::new, |after| subject.results(group, &lowered.args, symbols, &after)))
 }
 
 /// Launches a group's kernel and judges what it stored: gives the results, if the device gives any, and their shares of
@@ -267,16 +282,12 @@ impl Wrong {
 pub fn launch(
     subject: &Subject,
     group: GroupId,
-    (number, lowered): (usize, &Lowered),
+    kernel: (usize, &Lowered),
     device: &mut Device,
-    (symbols, tensors): (&[i64; MAX_SYMBOLS], &Tensors),
+    bound: (&[i64; MAX_SYMBOLS], &Tensors),
     expected: &[Expected],
 ) -> Result<(Vec<(ValueId, Tensor)>, Shares), Wrong> {
-    let held = subject.held(group, &lowered.args, tensors);
-    let Some(after) = device.run(number, &lowered.kernel, &held, *symbols)? else {
-        return Ok((Vec::new(), Shares::default()));
-    };
-    let results = subject.results(group, &lowered.args, symbols, &after);
+    let results = results(subject, group, kernel, device, bound)?;
     let mut shares = Shares::default();
     for ((id, tensor), expected) in results.iter().zip(expected) {
         let judged = expected

@@ -3,6 +3,7 @@
 //! * [`weights`]: the graph and each packed weight of an artifact, bit for bit against the checkpoint.
 //! * [`ops`] (feature `compiler`): each launch, on what the program itself fed it.
 //! * [`stored`] (feature `compiler`): what a launch has left in memory, value by value.
+//! * [`reproducer`] (feature `compiler`): a fault in a folder, and that shown again.
 //! * [`logits`]: what the program says, against reference logits.
 //!
 //! Tolerances are [`crate::judge`]'s.
@@ -10,6 +11,8 @@
 pub mod logits;
 #[cfg(feature = "compiler")]
 pub mod ops;
+#[cfg(feature = "compiler")]
+pub mod reproducer;
 #[cfg(feature = "compiler")]
 pub mod stored;
 pub mod weights;

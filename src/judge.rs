@@ -134,6 +134,18 @@ pub enum Mismatch {
     Spread { share: f64 },
 }
 
+impl Mismatch {
+    /// How far beyond the bounds it is.
+    pub fn shares(&self) -> Shares {
+        let (hard, typical) = match self {
+            Mismatch::Element { share, .. } => (*share, 0.0),
+            Mismatch::Spread { share } => (0.0, *share),
+            Mismatch::Type { .. } => (f64::INFINITY, 0.0),
+        };
+        Shares { hard, typical, ..Shares::default() }
+    }
+}
+
 impl Expected {
     /// Judges what a kernel stored.
     ///

@@ -46,6 +46,12 @@ impl Request<'_> {
         let graph = |s: &Step| llama::graph(self.config, self.dtype, self.context, s);
         steps.iter().map(|s| (graph(s), s.give)).collect()
     }
+
+    /// The text of these graphs, as an artifact holds it.
+    pub fn text(&self) -> String {
+        let texts: Vec<String> = self.graphs().iter().map(|(graph, _)| graph.to_string()).collect();
+        texts.join("\n")
+    }
 }
 
 /// One entry point after all passes.
@@ -62,6 +68,8 @@ pub struct Entry {
 /// A model lowered for one target.
 #[derive(Clone, Debug)]
 pub struct Lowered {
+    /// Name of the target, as on the command line.
+    pub target: String,
     /// Entry points.
     pub entries: Vec<Entry>,
     /// Their kernels, without repetition.
@@ -127,7 +135,7 @@ pub fn lower(request: &Request<'_>, target: &Target) -> Result<Lowered, LowerErr
         .collect();
     let plan = timed(&mut seconds, "memory", || passes::memory::memory(&planned, &kernels));
     drop(planned);
-    Ok(Lowered { entries, kernels: kernels.list, plan, seconds })
+    Ok(Lowered { target: target.name.clone(), entries, kernels: kernels.list, plan, seconds })
 }
 
 fn timed<T>(seconds: &mut Vec<(&'static str, f64)>, name: &'static str, work: impl FnOnce() -> T) -> T {

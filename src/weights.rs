@@ -7,21 +7,42 @@ use ir::DType;
 use ir::graph::Pack;
 use ir::plan::{ALIGN, Place, Plan, WeightSource};
 use models::{Checkpoint, ReadError};
+use std::collections::BTreeMap;
 use std::ops::Range;
 
 /// Where weights come from.
 pub enum Source<'a> {
     /// A checkpoint's tensors.
     Checkpoint(&'a Checkpoint),
+    /// Tensors in memory.
+    Tensors(&'a BTreeMap<String, Vec<f32>>),
     /// Numbers from a seed: the same on every machine. Norms' weights lie around one, the others around zero.
     Random(u64),
 }
 
 impl Source<'_> {
     /// Decodes rows of a tensor with `columns` elements a row.
-    fn read(&self, name: &str, rows: Range<usize>, columns: usize, out: &mut [f32]) -> Result<(), ReadError> {
+    ///
+    /// # Errors
+    ///
+    /// What a checkpoint says, such as that it has no such tensor.
+    ///
+    /// # Panics
+    ///
+    /// If tensors in memory do not have such rows.
+    pub fn read(
+        &self,
+        name: &str,
+        rows: Range<usize>,
+        columns: usize,
+        out: &mut [f32],
+    ) -> Result<(), ReadError> {
         match self {
             Source::Checkpoint(checkpoint) => checkpoint.read_rows(name, rows, out),
+            Source::Tensors(tensors) => {
+                out.copy_from_slice(&tensors[name][rows.start * columns..rows.end * columns]);
+                Ok(())
+            }
             Source::Random(seed) => {
                 let tensor = name.bytes().fold(*seed, |h, b| mix(h ^ u64::from(b)));
                 let norm = name.ends_with("norm.weight");

@@ -244,7 +244,12 @@ impl<'k> Param<'k> {
     }
 }
 
-fn encode(dtype: DType, x: f64, out: &mut [u8]) {
+/// The bytes of a number, which the dtype can hold.
+///
+/// # Panics
+///
+/// On dtypes that no kernel keeps in memory, or if `out` is not as long as an element.
+pub fn encode(dtype: DType, x: f64, out: &mut [u8]) {
     match dtype {
         DType::F32 => out.copy_from_slice(&(x as f32).to_le_bytes()),
         DType::BF16 => out.copy_from_slice(&half::bf16::from_f32(x as f32).to_le_bytes()),

@@ -4,7 +4,8 @@
 
 use super::cases::Case;
 use super::device::{Device, LoadError};
-use super::{Distribution, Feed, Subject, Tensors, launch};
+use super::{Distribution, Feed, Subject, Tensors, launch, results};
+use crate::compare::reproducer::KernelCase;
 use crate::judge::{Expected, Shares};
 use codegen::cpu::{CodegenError, LEVELS, Level};
 use ir::DType;
@@ -103,6 +104,8 @@ pub struct Report {
     pub refused: BTreeSet<String>,
     /// Launches that are wrong, the first of each kernel.
     pub failures: Vec<Failure>,
+    /// The first of them, to be looked at alone.
+    pub case: Option<Box<KernelCase>>,
 }
 
 impl Report {
@@ -322,6 +325,23 @@ impl Ctx<'_> {
             }
             Err(wrong) => {
                 one.failed = true;
+                if self.report.case.is_none() {
+                    // A launch that goes astray has no results.
+                    let found = results(subject, one.group, kernel, device, (&feed.symbols, tensors));
+                    let mut graph = subject.graph.clone();
+                    graph.groups[one.group.0 as usize].schedule =
+                        (!one.schedule.is_empty()).then(|| one.schedule.clone());
+                    // What is interpreted is lowered for the first level.
+                    let level = self.walk.levels.get(one.device).unwrap_or(&self.walk.levels[0]);
+                    let stored = |id| tensors[&id].clone();
+                    self.report.case = Some(Box::new(KernelCase::of(
+                        &GroupView::new(&graph, one.group),
+                        (&one.lowered.kernel, &level.name),
+                        (&feed.symbols, &stored),
+                        &found.unwrap_or_default(),
+                        expected,
+                    )));
+                }
                 let shares = wrong.shares();
                 tally.worst = format!("{}, {}", case.name, feed.distribution.name());
                 tally.shares = tally.shares.worst(shares);

@@ -9,9 +9,11 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use ir::graph::Family;
 use llamac::check::cases::{cases, random};
 use llamac::check::walk::{Failure, How, Report, Walk, levels, walk};
+use llamac::compare::reproducer::Reproducer;
 use llamac::compile::CompileError;
 use serde_json::json;
 use std::ops::ControlFlow;
+use std::path::PathBuf;
 
 /// Schedules of a group, unless all are asked for.
 const SCHEDULES: usize = 4;
@@ -40,6 +42,9 @@ pub struct Options {
     /// Every schedule, and ten times the random graphs: hours
     #[arg(long)]
     exhaustive: bool,
+    /// Folder for the first launch that is wrong, which `compare --replay` shows again
+    #[arg(long, value_name = "DIR")]
+    reproducer: Option<PathBuf>,
     /// Of numbers, random graphs, and schedules drawn
     #[arg(long, value_name = "N", default_value_t = 1)]
     seed: u64,
@@ -52,6 +57,9 @@ fn family(text: &str) -> Result<Family, String> {
 }
 
 pub fn check(options: &Options, screen: &Screen) -> Result<(), CliError> {
+    if let Some(folder) = options.reproducer.as_ref().filter(|folder| folder.symlink_metadata().is_ok()) {
+        return Err(CliError::Usage(format!("--reproducer {}: it is there already", folder.display())));
+    }
     let (levels, how) = devices(options, screen)?;
     let mut table = cases();
     table.extend(random(options.seed, RANDOM[usize::from(options.exhaustive)]));
@@ -74,6 +82,11 @@ pub fn check(options: &Options, screen: &Screen) -> Result<(), CliError> {
     };
     let report = interrupt::guarded(|| walk(&plan, &table, &mut progress))?;
     bar.finish_and_clear();
+    if let (Some(folder), Some(case), [first, ..]) = (&options.reproducer, &report.case, &report.failures[..])
+    {
+        let what = format!("{}\n{}", describe(first), first.why);
+        Reproducer::Kernel(case.clone()).write(folder, &what)?;
+    }
 
     if report.launches() == 0 {
         return Err(CliError::Usage("no kernel fits these options: nothing was checked".to_string()));

@@ -1,5 +1,7 @@
 //! `compare`: a program against a reference, a checkpoint and the interpreter.
 
+mod reproducer;
+
 use super::error::CliError;
 use super::screen::{Screen, pairs, print, print_json, short};
 use super::source::{self, BuildOptions, Ready, dtype, positive};
@@ -8,10 +10,12 @@ use ir::DType;
 use ir::interp::Rounding;
 use llamac::compare::logits::{Logits, LogitsFault};
 use llamac::compare::ops::Ops;
+use llamac::compare::reproducer::{GraphCase, Reproducer, WeightCase};
 use llamac::compare::{Fault, Seen, weights};
-use llamac::model::Model;
+use llamac::model::{Model, ModelError};
 use llamac::pipeline::Request;
 use llamac::reference::Reference;
+use llamac::weights::Source;
 use models::{Checkpoint, Config};
 use runtime::cpu::Cpu;
 use runtime::device::Device;
@@ -19,7 +23,7 @@ use runtime::interpreter::InterpretedProgram;
 use runtime::manifest::{GRAPH, WEIGHTS};
 use runtime::pool;
 use serde_json::json;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 /// Lengths of the prompts that stand in for a reference file's, and the greedy steps after each.
@@ -32,9 +36,11 @@ Example:
   llamac compare builtin
   llamac compare stories260K/ --dtype bf16 --reference stories260K.safetensors
   llamac compare model.llamac --checkpoint model/
-  llamac compare builtin --level op")]
+  llamac compare builtin --level op
+  llamac compare --replay smol-l3.o-reproducer")]
 pub struct Options {
     /// Model or artifact
+    #[arg(required_unless_present = "replay", default_value = "", hide_default_value = true)]
     model: String,
     /// Logits in f64 to judge by, as safetensors [default: the interpreter, on the same weights]
     #[arg(long, value_name = "FILE")]
@@ -45,6 +51,12 @@ pub struct Options {
     /// What to judge: logits, or each op on what the program itself fed it
     #[arg(long, value_enum, default_value_t = Level::Logits)]
     level: Level,
+    /// Folder for the first fault, which --replay shows again [default: beside an artifact, else here]
+    #[arg(long, value_name = "DIR")]
+    reproducer: Option<PathBuf>,
+    /// Show the fault in this folder again, alone, in place of comparing a model
+    #[arg(long, value_name = "DIR", conflicts_with_all = ["model", "reproducer", "level", "reference", "checkpoint", "dtype"])]
+    replay: Option<PathBuf>,
     /// Dtype of weights and stored values: f32 or bf16 [default: f32 for f32 checkpoints, else bf16]
     #[arg(long, value_parser = dtype, value_name = "DTYPE")]
     dtype: Option<DType>,
@@ -70,10 +82,18 @@ struct Found {
     worst: f64,
     near_ties: usize,
     fault: Option<Fault>,
+    /// The fault, to be looked at alone.
+    reproducer: Option<Reproducer>,
 }
 
 pub fn compare(options: &Options, screen: &Screen) -> Result<(), CliError> {
     let begin = Instant::now();
+    if let Some(folder) = &options.replay {
+        return reproducer::replay(folder, screen);
+    }
+    if let Some(folder) = &options.reproducer {
+        reproducer::check(folder)?;
+    }
     let model = Model::open(&options.model)?;
     let config = model.config()?;
     let reference = options.reference.as_deref().map(|file| Reference::read(file, config.vocab_size));
@@ -110,35 +130,35 @@ pub fn compare(options: &Options, screen: &Screen) -> Result<(), CliError> {
             Level::Logits => by_logits(options, &ready, reference, &mut found)?,
         }
     }
-    tell(options, &found, begin.elapsed().as_secs_f64(), screen)
+    let left = reproducer::leave(options.reproducer.as_deref(), &ready, &found, screen);
+    tell(options, &found, left.as_deref(), begin.elapsed().as_secs_f64(), screen)
 }
 
 /// Judges the artifact's graph and weights.
 fn by_checkpoint(ready: &Ready, checkpoint: &Checkpoint, found: &mut Found) -> Result<(), CliError> {
     let text = String::from_utf8_lossy(ready.artifact.require(GRAPH)?).into_owned();
-    let expected = graphs(ready, &checkpoint.config);
-    found.fault = weights::graph(&text, &expected);
+    let dtype = DType::from_name(&ready.manifest.dtype).expect("an artifact's dtype is one");
+    let (config, context) = (&checkpoint.config, ready.manifest.context);
+    found.fault = weights::graph(&text, &Request { config, dtype, context }.text());
     if found.fault.is_some() {
+        let case = GraphCase { graph: text, config: config.clone(), dtype, context };
+        found.reproducer = Some(Reproducer::Graph(case));
         return Ok(());
     }
-    let bytes = ready.artifact.require(WEIGHTS)?;
-    match weights::weights(bytes, &ready.plan, checkpoint).map_err(llamac::model::ModelError::from)? {
+    let (bytes, source) = (ready.artifact.require(WEIGHTS)?, Source::Checkpoint(checkpoint));
+    let judged = weights::weights(bytes, &ready.plan, &source).map_err(ModelError::from)?;
+    match judged {
         Ok(tensors) => {
             found
                 .lines
                 .push(("weights".to_string(), format!("{tensors} tensors, each bit as in the checkpoint")));
         }
-        Err(fault) => found.fault = Some(fault),
+        Err(bad) => {
+            let case = WeightCase::of(&ready.plan, bad.buffer, bytes, &source).map_err(ModelError::from)?;
+            (found.fault, found.reproducer) = (Some(bad.fault), Some(Reproducer::Weight(case)));
+        }
     }
     Ok(())
-}
-
-/// The text of a config's graphs, as an artifact would hold it.
-fn graphs(ready: &Ready, config: &Config) -> String {
-    let dtype = DType::from_name(&ready.manifest.dtype).expect("an artifact's dtype is one");
-    let request = Request { config, dtype, context: ready.manifest.context, measured: None };
-    let texts: Vec<String> = request.graphs().iter().map(|(graph, _)| graph.to_string()).collect();
-    texts.join("\n")
 }
 
 /// Judges each launch, on the longest prompt.
@@ -171,7 +191,7 @@ fn by_ops(
     }
     found.lines.push(("ops".to_string(), format!("{} launches judged", ops.launches)));
     found.worst = found.worst.max(ops.worst());
-    found.fault = ops.fault;
+    (found.fault, found.reproducer) = (ops.fault, ops.case.map(Reproducer::Kernel));
     Ok(())
 }
 
@@ -223,11 +243,21 @@ fn by_logits(
 }
 
 /// Prints the verdict.
-fn tell(options: &Options, found: &Found, seconds: f64, screen: &Screen) -> Result<(), CliError> {
+fn tell(
+    options: &Options,
+    found: &Found,
+    reproducer: Option<&Path>,
+    seconds: f64,
+    screen: &Screen,
+) -> Result<(), CliError> {
     let verdict = if found.fault.is_none() { "pass" } else { "fail" };
     if screen.json {
+        let mut fault = json!(found.fault);
+        if found.fault.is_some() {
+            fault["reproducer"] = json!(reproducer);
+        }
         print_json(&json!({
-            "verdict": verdict, "worst": found.worst, "first_fault": found.fault, "near_ties": found.near_ties,
+            "verdict": verdict, "worst": found.worst, "first_fault": fault, "near_ties": found.near_ties,
             "seconds": seconds,
         }))?;
     } else {
@@ -237,6 +267,9 @@ fn tell(options: &Options, found: &Found, seconds: f64, screen: &Screen) -> Resu
         };
         let mut lines: Vec<_> = found.lines.iter().map(|(of, said)| (of.as_str(), said.clone())).collect();
         lines.push((verdict, said));
+        if let Some(folder) = reproducer {
+            lines.push(("again", format!("llamac compare --replay {}", folder.display())));
+        }
         print(&pairs(&lines))?;
     }
     match found.fault {

@@ -24,6 +24,8 @@ use llamac::check::walk::WalkError;
 #[cfg(feature = "compiler")]
 use llamac::compare::ops::OpsError;
 #[cfg(feature = "compiler")]
+use llamac::compare::reproducer::ReproducerError;
+#[cfg(feature = "compiler")]
 use llamac::compare::stored::StoredError;
 #[cfg(feature = "compiler")]
 use llamac::compile::CompileError;
@@ -200,6 +202,10 @@ pub enum CliError {
     #[cfg(feature = "compiler")]
     #[error(transparent)]
     Ops(#[from] OpsError),
+    /// A folder that shows no fault again.
+    #[cfg(feature = "compiler")]
+    #[error(transparent)]
+    Reproducer(#[from] ReproducerError),
     /// A program that is not what it should be.
     #[cfg(feature = "compiler")]
     #[error("{model} is not what it should be")]
@@ -265,6 +271,18 @@ impl CliError {
                 OpsError::Stored(error) => stored(error),
                 OpsError::Oracle(_) => Exit::Bug,
                 OpsError::OtherPlan => Exit::Artifact,
+            },
+            #[cfg(feature = "compiler")]
+            CliError::Reproducer(error) => match error {
+                ReproducerError::Load(LoadError::Codegen(error)) => codegen(error),
+                ReproducerError::Load(LoadError::Code(_)) => Exit::Device,
+                ReproducerError::Machine { .. } => Exit::Artifact,
+                ReproducerError::Read { .. }
+                | ReproducerError::Text { .. }
+                | ReproducerError::Format { .. }
+                | ReproducerError::Content { .. }
+                | ReproducerError::Lower(_)
+                | ReproducerError::Oracle(_) => Exit::Model,
             },
             #[cfg(feature = "compiler")]
             CliError::Mismatch { .. } => Exit::Mismatch,
@@ -356,6 +374,19 @@ impl CliError {
             CliError::Ops(OpsError::Stored(error)) => stored_facts(error),
             #[cfg(feature = "compiler")]
             CliError::Ops(OpsError::Oracle(_) | OpsError::OtherPlan) => Facts::default(),
+            #[cfg(feature = "compiler")]
+            CliError::Reproducer(error) => match error {
+                ReproducerError::Read { file, .. }
+                | ReproducerError::Text { file, .. }
+                | ReproducerError::Format { file, .. } => Facts::default().file(file),
+                ReproducerError::Content { file, found, expected, .. } => {
+                    Facts::of(found, expected).file(file)
+                }
+                ReproducerError::Machine { needs, .. } => Facts::of("a machine without", needs),
+                ReproducerError::Lower(_) | ReproducerError::Oracle(_) | ReproducerError::Load(_) => {
+                    Facts::default()
+                }
+            },
             #[cfg(feature = "compiler")]
             CliError::Mismatch { model } => Facts::default().file(Path::new(model)),
         }

@@ -3,7 +3,9 @@
 //! An op's operands are what the launches before it stored, read as soon as they had; so an error is blamed on the op that
 //! made it, and a tensor that was overwritten before its reader came on that reader.
 
-use super::{Fault, Seen, layer_of, stored};
+use super::reproducer::KernelCase;
+use super::stored::{self, StoredError};
+use super::{Fault, Seen, layer_of};
 use crate::judge::group::expect;
 use crate::judge::{Expected, Mismatch, Shares};
 use crate::pipeline::{Entry, Lowered};
@@ -26,7 +28,7 @@ pub enum OpsError {
     Device(#[from] DeviceError),
     /// Its memory is not as its plan says.
     #[error(transparent)]
-    Stored(#[from] stored::StoredError),
+    Stored(#[from] StoredError),
     /// The oracle.
     #[error(transparent)]
     Oracle(#[from] InterpError),
@@ -44,6 +46,8 @@ pub struct Ops {
     pub launches: usize,
     /// The first that is wrong.
     pub fault: Option<Fault>,
+    /// The same, to be looked at alone.
+    pub case: Option<Box<KernelCase>>,
 }
 
 impl Ops {
@@ -106,24 +110,37 @@ impl Ops {
         let expected = expect(view, &walk.symbols, &mut |id| walk.known[&id].clone())?;
         let layer = layer_of(view.name()).0;
         self.launches += 1;
-        for (&root, expected) in view.roots.iter().zip(&expected) {
+        let tensor = |&root| {
             let found = stored::tensor(&entry.graph, &walk.lowered.plan, root, &walk.symbols, tap)?;
-            match expected.check(&found) {
+            Ok((root, found))
+        };
+        let found = view.roots.iter().map(tensor).collect::<Result<Vec<_>, StoredError>>()?;
+        for ((root, found), expected) in found.iter().zip(&expected) {
+            match expected.check(found) {
                 Ok(shares) => {
                     let worst = self.layers.entry(layer).or_default();
                     *worst = worst.worst(shares);
                 }
                 Err(mismatch) if self.fault.is_none() => {
                     let kernel = &walk.lowered.kernels[entry.launches[tap.launch].kernel];
-                    let value = &entry.graph[root].name;
+                    let value = &entry.graph[*root].name;
                     self.fault = Some(Fault {
                         kernel: Some(kernel.name.clone()),
                         schedule: Some(kernel.schedule.clone()),
-                        ..fault(view.name(), value, expected, &found, &mismatch)
+                        ..fault(view.name(), value, expected, found, &mismatch)
                     });
                 }
                 Err(_) => {}
             }
+        }
+        if self.fault.is_some() {
+            let kernel = &walk.lowered.kernels[entry.launches[tap.launch].kernel];
+            let stored = |id| walk.known[&id].clone();
+            let read = (&walk.symbols, &stored as &dyn Fn(ValueId) -> Rc<Tensor>);
+            let case = KernelCase::of(view, (kernel, &walk.lowered.target), read, &found, &expected);
+            self.case = Some(Box::new(case));
+        }
+        for (root, found) in found {
             walk.keep(entry, root, found);
         }
         Ok(())
@@ -179,7 +196,13 @@ impl Walk<'_> {
 }
 
 /// Names a wrong result of a group.
-fn fault(group: &str, value: &str, expected: &Expected, found: &Tensor, mismatch: &Mismatch) -> Fault {
+pub(super) fn fault(
+    group: &str,
+    value: &str,
+    expected: &Expected,
+    found: &Tensor,
+    mismatch: &Mismatch,
+) -> Fault {
     let (layer, op) = layer_of(group);
     let (index, seen, exact) = match mismatch {
         Mismatch::Element { index, found, expected, .. } => {

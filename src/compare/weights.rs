@@ -3,10 +3,21 @@
 //! Each element is looked up where the plan's text says that it lies, and not by the code that packed it.
 
 use super::{Fault, Seen, layer_of};
+use crate::weights::Source;
 use half::bf16;
 use ir::DType;
-use ir::plan::{Place, Plan, WeightSource};
-use models::{Checkpoint, ReadError};
+use ir::plan::{Place, Plan, PlanBuffer, WeightSource};
+use models::ReadError;
+use std::ops::Range;
+
+/// A buffer that does not hold what it should.
+#[derive(Clone, Debug, PartialEq)]
+pub struct BadWeight {
+    /// Its number in the plan.
+    pub buffer: usize,
+    /// Its first element that is wrong.
+    pub fault: Fault,
+}
 
 /// Compares every weight with the checkpoint; gives the number of tensors that are equal, or the first element that is
 /// not. `bytes` is the weights section of the artifact.
@@ -17,45 +28,88 @@ use models::{Checkpoint, ReadError};
 pub fn weights(
     bytes: &[u8],
     plan: &Plan,
-    checkpoint: &Checkpoint,
-) -> Result<Result<usize, Fault>, ReadError> {
+    source: &Source<'_>,
+) -> Result<Result<usize, BadWeight>, ReadError> {
     let mut tensors = 0;
     for (number, buffer) in plan.buffers.iter().enumerate() {
-        let Place::Weight { offset, source } = &buffer.place else { continue };
+        let Place::Weight { offset, source: what } = &buffer.place else { continue };
         let mut held = Held { dtype: buffer.dtype, bytes: bytes[*offset..][..buffer.bytes].to_vec() };
-        let at_kernel = |fault: Fault| {
+        let mut look = |name: &str, index: &[usize], at: usize, x: f32| held.take(name, index, at, x);
+        let fault = elements(buffer, what, source, &mut look)?;
+        if let Some(fault) = fault.or_else(|| held.padding(&buffer.name)) {
             let launches = plan.entries.iter().flat_map(|entry| &entry.launches);
             let user = launches.filter(|l| l.args.contains(&number)).map(|l| &plan.kernels[l.kernel]).next();
             let (kernel, schedule) = user.map(|k| (k.name.clone(), k.schedule.clone())).unzip();
-            Fault { kernel, schedule, ..fault }
-        };
-        let fault = match source {
-            WeightSource::Constant { data } => {
-                let wrong = |(at, &x): (usize, &f64)| held.take(&buffer.name, &[at], at, x as f32);
-                data.iter().enumerate().find_map(wrong)
-            }
-            WeightSource::Tensor { name, rows, columns } => {
-                tensors += 1;
-                held.rows(name, 0..*rows, *columns, checkpoint, |row, column| row * columns + column)?
-            }
-            WeightSource::Pack { pack, names } => {
-                let mut fault = None;
-                for (stream, name) in names.iter().enumerate() {
-                    tensors += 1;
-                    for n in 0..pack.n {
-                        let row = pack.streams[stream].row(n);
-                        let place = |_, k| pack.index(stream, n, k);
-                        fault = fault.or(held.rows(name, row..row + 1, pack.k, checkpoint, place)?);
-                    }
-                }
-                fault
-            }
-        };
-        if let Some(fault) = fault.or_else(|| held.padding(&buffer.name)) {
-            return Ok(Err(at_kernel(fault)));
+            return Ok(Err(BadWeight { buffer: number, fault: Fault { kernel, schedule, ..fault } }));
         }
+        tensors += match what {
+            WeightSource::Constant { .. } => 0,
+            WeightSource::Tensor { .. } => 1,
+            WeightSource::Pack { names, .. } => names.len(),
+        };
     }
     Ok(Ok(tensors))
+}
+
+/// What a buffer should hold, laid out by the plan's text.
+///
+/// # Errors
+///
+/// What the source says.
+pub fn expected(buffer: &PlanBuffer, source: &Source<'_>) -> Result<Vec<u8>, ReadError> {
+    let mut bytes = vec![0; buffer.bytes];
+    let Place::Weight { source: what, .. } = &buffer.place else { return Ok(bytes) };
+    let width = buffer.dtype.bytes(1);
+    let mut put = |_: &str, _: &[usize], at: usize, x: f32| {
+        bytes[at * width..][..width].copy_from_slice(&bits(buffer.dtype, x).to_le_bytes()[..width]);
+        None
+    };
+    elements(buffer, what, source, &mut put)?;
+    Ok(bytes)
+}
+
+/// What looks at an element: the tensor's name, where it stands in that, its position in the buffer, and its value.
+type Look<'l> = &'l mut dyn FnMut(&str, &[usize], usize, f32) -> Option<Fault>;
+
+/// Goes through the elements of a buffer, up to the first fault.
+fn elements(
+    buffer: &PlanBuffer,
+    what: &WeightSource,
+    source: &Source<'_>,
+    look: Look<'_>,
+) -> Result<Option<Fault>, ReadError> {
+    let mut rows = |name: &str, rows: Range<usize>, columns: usize, place: &dyn Fn(usize, usize) -> usize| {
+        let mut values = vec![0.0; columns];
+        for row in rows {
+            source.read(name, row..row + 1, columns, &mut values)?;
+            let looked = |(column, &x): (usize, &f32)| look(name, &[row, column], place(row, column), x);
+            if let Some(fault) = values.iter().enumerate().find_map(looked) {
+                return Ok(Some(fault));
+            }
+        }
+        Ok(None)
+    };
+    match what {
+        WeightSource::Constant { data } => {
+            let looked = |(at, &x): (usize, &f64)| look(&buffer.name, &[at], at, x as f32);
+            Ok(data.iter().enumerate().find_map(looked))
+        }
+        WeightSource::Tensor { name, rows: count, columns } => {
+            rows(name, 0..*count, *columns, &|row, column| row * columns + column)
+        }
+        WeightSource::Pack { pack, names } => {
+            for (stream, name) in names.iter().enumerate() {
+                for n in 0..pack.n {
+                    let row = pack.streams[stream].row(n);
+                    let fault = rows(name, row..row + 1, pack.k, &|_, k| pack.index(stream, n, k))?;
+                    if fault.is_some() {
+                        return Ok(fault);
+                    }
+                }
+            }
+            Ok(None)
+        }
+    }
 }
 
 /// A buffer of which what was compared is zeroed: what is left is padding.
@@ -65,27 +119,6 @@ struct Held {
 }
 
 impl Held {
-    /// Compares rows of a tensor, each element at its place.
-    fn rows(
-        &mut self,
-        name: &str,
-        rows: std::ops::Range<usize>,
-        columns: usize,
-        checkpoint: &Checkpoint,
-        place: impl Fn(usize, usize) -> usize,
-    ) -> Result<Option<Fault>, ReadError> {
-        let mut values = vec![0.0; columns];
-        for row in rows {
-            checkpoint.read_rows(name, row..row + 1, &mut values)?;
-            for (column, &x) in values.iter().enumerate() {
-                if let Some(fault) = self.take(name, &[row, column], place(row, column), x) {
-                    return Ok(Some(fault));
-                }
-            }
-        }
-        Ok(None)
-    }
-
     /// Compares the element at position `at` with what it was packed from.
     fn take(&mut self, name: &str, index: &[usize], at: usize, x: f32) -> Option<Fault> {
         let (bits, wanted) = (self.bits(at, true), bits(self.dtype, x));

@@ -99,16 +99,30 @@ fn names(said: &Said, layer: Option<u64>, op: &str) -> Value {
     fault
 }
 
+/// The reproducer of a fault shows it again: the same place, found and expected.
+fn again(place: &Place, fault: &Value) -> Checked<()> {
+    let folder = fault["reproducer"].as_str().ok_or("no reproducer")?;
+    let said = place.run(&format!("compare --replay {folder} --json"));
+    assert_eq!(said.exit, Some(1), "{}: {}", said.command, said.err);
+    let found = &said.json()["first_fault"];
+    for field in ["layer", "op", "index", "found", "expected"] {
+        assert_eq!(found[field], fault[field], "{field}");
+    }
+    Ok(())
+}
+
 /// A model that differs from its checkpoint: the reference says that it does, the checkpoint says where.
 fn differs(place: &Place, model: &Model, changed: &str, layer: Option<u64>, op: &str) -> Checked<()> {
     let (folder, reference) = (model.folder.display(), model.reference.display());
     let said = place.run(&format!("compare {changed} --reference {reference} --json"));
-    names(&said, None, "logits");
+    let fault = names(&said, None, "logits");
+    assert_eq!(fault["reproducer"], Value::Null, "each op is right for the weights that there are");
     for dtype in ["f32", "bf16"] {
         let how = format!("--dtype {dtype} --reference {reference} --checkpoint {folder}");
         let said = place.run(&format!("compare {changed} {how} --json"));
         let fault = names(&said, layer, op);
         assert!(fault["found"] != fault["expected"], "{fault}");
+        again(place, &fault)?;
     }
     Ok(())
 }
@@ -161,6 +175,7 @@ fn flipped(place: &Place, model: &Model) -> Checked<()> {
         let fault = names(&place.run(&compare), Some(1), "self_attn.o_proj");
         assert_eq!(fault["index"], serde_json::json!([0, 0]));
         assert!(fault["kernel"].is_string(), "{fault}");
+        again(place, &fault)?;
     }
     Ok(())
 }

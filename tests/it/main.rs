@@ -9,6 +9,7 @@
 //! * [`random`]: random graphs, compiled and interpreted.
 //! * [`readme`]: what the README says.
 //! * [`reference`]: real models against what PyTorch computes, on every device.
+//! * [`reproducer`]: groups taken out of their graphs, and faults shown again from a folder.
 //! * [`compare`]: the verb passes what is right and names each planted fault.
 //! * [`stages`]: every stage as text, and `opt` from one to the next.
 //! * [`cli`]: what the command gives to people and scripts, and [`bad`]: how it refuses bad input; both run it by [`command`].
@@ -40,6 +41,7 @@ mod profile;
 mod random;
 mod readme;
 mod reference;
+mod reproducer;
 mod skipped;
 mod stages;
 mod tune;
@@ -67,6 +69,7 @@ fn main() {
     trials.extend(readme::trials());
     trials.extend(profile::trials());
     trials.extend(reference::trials());
+    trials.extend(reproducer::trials());
     trials.extend(stages::trials());
     trials.extend(tune::trials());
     let conclusion = libtest_mimic::run(&args, trials);
