@@ -15,7 +15,7 @@ use crate::manifest::{GRAPH, Manifest};
 use crate::map::FileBytes;
 use ir::dim::MAX_SYMBOLS;
 use ir::dtype::DType;
-use ir::graph::{Graph, TensorType};
+use ir::graph::{Graph, TensorType, Value};
 use ir::interp::{InterpError, Rounding, Tensor, interpret};
 use ir::op::Op;
 use ir::plan::{Place, Plan, PlanBuffer, WeightSource};
@@ -76,6 +76,85 @@ impl InterpretedProgram {
         let weights = weights_of(artifact, &plan)?;
         let (file, context) = (artifact.file().to_path_buf(), manifest.context);
         Ok(InterpretedProgram { file, plan, context, graphs, weights, decoded: HashMap::new(), rounding })
+    }
+
+    /// Takes the weights of another program of the same model, rounded to the dtypes of this one.
+    ///
+    /// # Errors
+    ///
+    /// If one of both does not hold all of a tensor.
+    pub fn take_weights(&mut self, other: &mut InterpretedProgram) -> Result<(), DeviceError> {
+        let weights = |program: &InterpretedProgram| -> BTreeMap<String, TensorType> {
+            let values = program.graphs.values().flat_map(|graph| &graph.values);
+            let typed = |value: &Value| match &value.op {
+                Op::Weight { name } => Some((name.clone(), value.ty.clone())),
+                _ => None,
+            };
+            values.filter_map(typed).collect()
+        };
+        let theirs = weights(other);
+        for (name, ty) in weights(self) {
+            let Some(their_ty) = theirs.get(&name) else { continue };
+            let tensor = other.weight(&name, their_ty)?;
+            let rounded = Tensor::new(ty.dtype, &tensor.shape, &tensor.data);
+            self.decoded.insert(name, Rc::new(rounded));
+        }
+        Ok(())
+    }
+
+    /// As [`Program::run`]; `seen` is told the name and contents of every value, as soon as it is computed.
+    ///
+    /// # Errors
+    ///
+    /// As [`Program::run`].
+    pub fn run_seen(
+        &mut self,
+        step: &Step<'_>,
+        state: &mut State,
+        seen: &mut dyn FnMut(&str, &Tensor),
+    ) -> Result<StepOutputs, DeviceError> {
+        step.check(self, state)?;
+        let (tokens, past) = (step.tokens, state.past());
+        let number = self.plan.entry_number(tokens.len(), give(step.want));
+        let name = &self.plan.entries[number.expect("a step no longer than max_tokens has an entry")].name;
+        let graph = self.graphs[name].clone();
+        self.decode(&graph)?;
+
+        let cache = state.inner_mut::<Cache>()?;
+        let kept: HashMap<String, Rc<Tensor>> =
+            std::mem::take(cache).into_iter().map(|(name, tensor)| (name, Rc::new(tensor))).collect();
+        let ids = |ids: &mut dyn Iterator<Item = f64>| {
+            Rc::new(Tensor::new(DType::I32, &[tokens.len()], &ids.collect::<Vec<_>>()))
+        };
+        let token_ids = ids(&mut tokens.iter().map(|&t| f64::from(t)));
+        let positions = ids(&mut (past..past + tokens.len()).map(|p| p as f64));
+        let mut bind = |name: &str, _: &TensorType| match name {
+            "tokens" => Ok(token_ids.clone()),
+            "positions" => Ok(positions.clone()),
+            name => {
+                let tensor = self.decoded.get(name).or_else(|| kept.get(name));
+                tensor.cloned().ok_or_else(|| InterpError::Unbound(name.to_string()))
+            }
+        };
+        let mut symbols = [0; MAX_SYMBOLS];
+        (symbols[0], symbols[1]) = (tokens.len() as i64, past as i64);
+        let mut seen = |id, tensor: &Tensor| seen(&graph[id].name, tensor);
+        let result = interpret(&graph, &symbols, self.rounding, &mut bind, Some(&mut seen));
+        // What was there stays, where the step did not replace it.
+        *cache = kept.into_iter().map(|(name, tensor)| (name, Rc::unwrap_or_clone(tensor))).collect();
+        let mut outputs =
+            result.map_err(|e| DeviceError::Launch { kernel: graph.name.clone(), said: e.to_string() })?;
+        for (name, tensor) in cache.iter_mut() {
+            if let Some(next) = outputs.swap_remove(name) {
+                *tensor = next;
+            }
+        }
+        state.advance(tokens.len());
+
+        let token = outputs.get("token").filter(|_| step.want == Want::Token).map(|t| t.data[0] as i32);
+        let logits = outputs.get("logits").filter(|_| step.want != Want::Token);
+        let logits = logits.map(|t| t.data.iter().map(|&x| x as f32).collect());
+        Ok(StepOutputs { token, logits: logits.unwrap_or_default() })
     }
 
     /// Decodes the weights that `graph` names and that no step before needed.
@@ -196,46 +275,6 @@ impl Program for InterpretedProgram {
     }
 
     fn run(&mut self, step: &Step<'_>, state: &mut State) -> Result<StepOutputs, DeviceError> {
-        step.check(self, state)?;
-        let (tokens, past) = (step.tokens, state.past());
-        let number = self.plan.entry_number(tokens.len(), give(step.want));
-        let name = &self.plan.entries[number.expect("a step no longer than max_tokens has an entry")].name;
-        let graph = self.graphs[name].clone();
-        self.decode(&graph)?;
-
-        let cache = state.inner_mut::<Cache>()?;
-        let kept: HashMap<String, Rc<Tensor>> =
-            std::mem::take(cache).into_iter().map(|(name, tensor)| (name, Rc::new(tensor))).collect();
-        let ids = |ids: &mut dyn Iterator<Item = f64>| {
-            Rc::new(Tensor::new(DType::I32, &[tokens.len()], &ids.collect::<Vec<_>>()))
-        };
-        let token_ids = ids(&mut tokens.iter().map(|&t| f64::from(t)));
-        let positions = ids(&mut (past..past + tokens.len()).map(|p| p as f64));
-        let mut bind = |name: &str, _: &TensorType| match name {
-            "tokens" => Ok(token_ids.clone()),
-            "positions" => Ok(positions.clone()),
-            name => {
-                let tensor = self.decoded.get(name).or_else(|| kept.get(name));
-                tensor.cloned().ok_or_else(|| InterpError::Unbound(name.to_string()))
-            }
-        };
-        let mut symbols = [0; MAX_SYMBOLS];
-        (symbols[0], symbols[1]) = (tokens.len() as i64, past as i64);
-        let result = interpret(&graph, &symbols, self.rounding, &mut bind, None);
-        // What was there stays, where the step did not replace it.
-        *cache = kept.into_iter().map(|(name, tensor)| (name, Rc::unwrap_or_clone(tensor))).collect();
-        let mut outputs =
-            result.map_err(|e| DeviceError::Launch { kernel: graph.name.clone(), said: e.to_string() })?;
-        for (name, tensor) in cache.iter_mut() {
-            if let Some(next) = outputs.swap_remove(name) {
-                *tensor = next;
-            }
-        }
-        state.advance(tokens.len());
-
-        let token = outputs.get("token").filter(|_| step.want == Want::Token).map(|t| t.data[0] as i32);
-        let logits = outputs.get("logits").filter(|_| step.want != Want::Token);
-        let logits = logits.map(|t| t.data.iter().map(|&x| x as f32).collect());
-        Ok(StepOutputs { token, logits: logits.unwrap_or_default() })
+        self.run_seen(step, state, &mut |_, _| ())
     }
 }
