@@ -3,6 +3,7 @@
 //! * [`weights`]: the graph and each packed weight of an artifact, bit for bit against the checkpoint.
 //! * [`ops`] (feature `compiler`): each launch, on what the program itself fed it.
 //! * [`stored`] (feature `compiler`): what a launch has left in memory, value by value.
+//! * [`trace`] (feature `compiler`): what each launch stores, as a text for other machines, and where two of them part.
 //! * [`reproducer`] (feature `compiler`): a fault in a folder, and that shown again.
 //! * [`logits`]: what the program says, against reference logits.
 //!
@@ -15,6 +16,8 @@ pub mod ops;
 pub mod reproducer;
 #[cfg(feature = "compiler")]
 pub mod stored;
+#[cfg(feature = "compiler")]
+pub mod trace;
 pub mod weights;
 
 use serde::Serialize;

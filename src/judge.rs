@@ -34,6 +34,40 @@ pub fn devices_bound(bound: f64) -> f64 {
     2.0 * bound
 }
 
+/// How far apart one stored value may be on two devices. Each may err as a model's logits may, for which the interpreter,
+/// with the same weights and dtypes, stands for the reference library: in f32 by [`f32_bound`] in each element, else by
+/// [`bf16_bound`] over all elements. Of a few elements an rms says nothing: those of a sample are each held to the former.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct StoredBound {
+    element: f64,
+    /// `None` in f32.
+    spread: Option<f64>,
+}
+
+impl StoredBound {
+    /// From the interpreter's value in f64, and what it computes where it rounds what it stores, in a program of `dtype`.
+    pub fn new(dtype: DType, exact: &[f64], stored: &[f64]) -> StoredBound {
+        let errors = || exact.iter().zip(stored).map(|(a, b)| (a - b).abs());
+        let element = f32_bound(errors().fold(0.0, f64::max), rms(exact.iter().copied()));
+        let spread = (dtype != DType::F32).then(|| devices_bound(bf16_bound(rms(errors()))));
+        StoredBound { element: devices_bound(element), spread }
+    }
+
+    /// The share of the bound that differences have; `whole`: of every element, and no sample.
+    pub fn share(&self, differences: &[f64], whole: bool) -> f64 {
+        let (size, bound) = match self.spread {
+            Some(spread) if whole => (rms(differences.iter().copied()), spread),
+            _ => (differences.iter().copied().fold(0.0, f64::max), self.element),
+        };
+        if size == 0.0 { 0.0 } else { size / bound }
+    }
+
+    /// Largest difference of an element.
+    pub fn element(&self) -> f64 {
+        self.element
+    }
+}
+
 /// Largest relative error of a perplexity against the reference's in f64, over the same windows: 0.01 % in f32, where
 /// only the order of sums differs, 0.5 % where stored values are rounded to 8 bits.
 pub fn perplexity_bound(dtype: DType) -> f64 {
@@ -274,6 +308,21 @@ mod tests {
         assert!(check(&bound, &[f64::NAN, f64::INFINITY, f64::INFINITY]).is_err());
         assert!(check(&expected(&[1e39], 0.0, 0.0), &[f64::INFINITY]).is_ok());
         assert!(check(&expected(&[1e38], 0.0, 0.0), &[f64::INFINITY]).is_err());
+    }
+
+    #[test]
+    fn two_devices_may_be_as_far_apart_as_both_err() {
+        let (exact, stored) = ([1.0, -1.0, 1.0, -1.0], [1.1, -1.0, 1.0, -1.0]);
+        let f32 = StoredBound::new(DType::F32, &exact, &stored);
+        // Twice (twice the interpreter's error, and a little).
+        assert!(
+            f32.share(&[0.4, 0.0, 0.0, 0.0], true) < 1.0 && f32.share(&[0.41, 0.0, 0.0, 0.0], true) > 1.0
+        );
+        let bf16 = StoredBound::new(DType::BF16, &exact, &stored);
+        // Twice 1.5 times the rms of its errors, which is half of the one.
+        assert!(bf16.share(&[0.14; 4], true) < 1.0 && bf16.share(&[0.16; 4], true) > 1.0);
+        assert!(bf16.share(&[0.16], false) < 1.0 && bf16.share(&[0.41], false) > 1.0);
+        assert_eq!(f32.share(&[f64::INFINITY], true), f64::INFINITY);
     }
 
     #[test]

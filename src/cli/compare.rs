@@ -1,15 +1,17 @@
 //! `compare`: a program against a reference, a checkpoint and the interpreter.
 
 mod reproducer;
+mod traces;
 
+use super::device::DeviceOptions;
 use super::error::CliError;
 use super::screen::{Screen, pairs, print, print_json, short};
-use super::source::{self, BuildOptions, Ready, dtype, positive};
+use super::source::{self, BuildOptions, Ready, dtype};
 use clap::{Args, ValueEnum};
 use ir::DType;
 use ir::interp::Rounding;
 use llamac::compare::logits::{Logits, LogitsFault};
-use llamac::compare::ops::Ops;
+use llamac::compare::ops::{Ops, OpsError};
 use llamac::compare::reproducer::{GraphCase, Reproducer, WeightCase};
 use llamac::compare::{Fault, Seen, weights};
 use llamac::model::{Model, ModelError};
@@ -17,11 +19,9 @@ use llamac::pipeline::Request;
 use llamac::reference::Reference;
 use llamac::weights::Source;
 use models::{Checkpoint, Config};
-use runtime::cpu::Cpu;
-use runtime::device::Device;
+use runtime::device::{Device, DeviceError};
 use runtime::interpreter::InterpretedProgram;
 use runtime::manifest::{GRAPH, WEIGHTS};
-use runtime::pool;
 use serde_json::json;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
@@ -37,10 +37,12 @@ Example:
   llamac compare stories260K/ --dtype bf16 --reference stories260K.safetensors
   llamac compare model.llamac --checkpoint model/
   llamac compare builtin --level op
-  llamac compare --replay smol-l3.o-reproducer")]
+  llamac compare --replay smol-l3.o-reproducer
+  llamac compare smol.llamac --record here.trace   # and elsewhere: --against here.trace
+  llamac compare --bisect old.llamac new.llamac")]
 pub struct Options {
     /// Model or artifact
-    #[arg(required_unless_present = "replay", default_value = "", hide_default_value = true)]
+    #[arg(required_unless_present_any = ["replay", "bisect"], default_value = "", hide_default_value = true)]
     model: String,
     /// Logits in f64 to judge by, as safetensors [default: the interpreter, on the same weights]
     #[arg(long, value_name = "FILE")]
@@ -57,12 +59,30 @@ pub struct Options {
     /// Show the fault in this folder again, alone, in place of comparing a model
     #[arg(long, value_name = "DIR", conflicts_with_all = ["model", "reproducer", "level", "reference", "checkpoint", "dtype"])]
     replay: Option<PathBuf>,
+    /// Write what each launch stores to this file: digests and samples
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["level", "reproducer"])]
+    record: Option<PathBuf>,
+    /// Judge by such a file, of the same model on another machine: the same bits, or as near as two devices must be
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["level", "record", "reproducer", "reference"])]
+    against: Option<PathBuf>,
+    /// Find the first kernel from which two artifacts of one model part, in bits and beyond what two devices may
+    #[arg(long, num_args = 2, value_names = ["A", "B"], conflicts_with_all = ["model", "level", "reference", "checkpoint", "dtype", "reproducer", "replay", "record", "against"])]
+    bisect: Vec<String>,
     /// Dtype of weights and stored values: f32 or bf16 [default: f32 for f32 checkpoints, else bf16]
     #[arg(long, value_parser = dtype, value_name = "DTYPE")]
     dtype: Option<DType>,
-    /// Threads [default: physical cores that this process may use]
-    #[arg(long, short, value_parser = positive, value_name = "N")]
-    threads: Option<usize>,
+    #[command(flatten)]
+    device: DeviceOptions,
+}
+
+impl Options {
+    /// The device that is judged.
+    fn device(&self) -> Result<Box<dyn Device>, CliError> {
+        match self.device.device.as_str() {
+            "null" => Err(CliError::Usage("--device null: it computes nothing to compare".to_string())),
+            _ => self.device.device(),
+        }
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -94,23 +114,31 @@ pub fn compare(options: &Options, screen: &Screen) -> Result<(), CliError> {
     if let Some(folder) = &options.reproducer {
         reproducer::check(folder)?;
     }
+    // Asked before a long compilation.
+    options.device()?;
+    let mut found = Found::default();
+    if !options.bisect.is_empty() {
+        traces::bisect(options, &options.bisect, &mut found, screen)?;
+        return tell(options, &found, None, begin.elapsed().as_secs_f64(), screen);
+    }
     let model = Model::open(&options.model)?;
     let config = model.config()?;
     let reference = options.reference.as_deref().map(|file| Reference::read(file, config.vocab_size));
     let reference = reference.transpose()?;
+    let trace = options.against.as_deref().map(traces::read).transpose()?;
     // No more positions than are looked at: the interpreter's cache is large.
     let needed = |r: &Reference| r.prompts.iter().map(|p| p.tokens.len() + p.greedy.len()).max();
     let needed = reference.as_ref().and_then(needed).unwrap_or(LENGTHS[1] + STEPS);
+    let needed = trace.as_ref().map_or(needed, |trace| trace.tokens.len().max(1));
     let ctx = (!matches!(model, Model::Artifact(_))).then_some(needed.min(config.context));
-    let build = BuildOptions {
-        dtype: options.dtype,
-        ctx,
-        taps: options.level == Level::Op,
-        ..BuildOptions::default()
-    };
+    let taps = options.level == Level::Op || trace.is_some() || options.record.is_some();
+    let build = BuildOptions { dtype: options.dtype, ctx, taps, ..BuildOptions::default() };
     let ready = source::ready(&options.model, &build, screen)?;
+    if let Some(file) = &options.record {
+        let tokens = tokens(reference.as_ref(), config.vocab_size, ready.manifest.context);
+        return traces::record(options, file, &ready, &tokens, screen);
+    }
 
-    let mut found = Found::default();
     let original = match &options.checkpoint {
         Some(argument) => Some((argument, Model::open(argument)?)),
         None => None,
@@ -125,9 +153,15 @@ pub fn compare(options: &Options, screen: &Screen) -> Result<(), CliError> {
         (None, _) => screen.detail("no checkpoint at hand: weights are not compared"),
     }
     if found.fault.is_none() {
-        match options.level {
-            Level::Op => by_ops(options, &ready, &config, reference.as_ref(), &mut found)?,
-            Level::Logits => by_logits(options, &ready, reference, &mut found)?,
+        match (&trace, options.level) {
+            (Some(trace), _) => traces::against(options, trace, &ready, &mut found)?,
+            (None, Level::Op) => by_ops(options, &ready, &config, reference.as_ref(), &mut found)?,
+            (None, Level::Logits) => {
+                by_logits(options, &ready, reference.as_ref(), &mut found)?;
+                if found.fault.is_some() {
+                    localise(options, &build, &config, reference.as_ref(), &mut found, screen)?;
+                }
+            }
         }
     }
     let left = reproducer::leave(options.reproducer.as_deref(), &ready, &found, screen);
@@ -174,16 +208,11 @@ fn by_ops(
     let request = Request { config, dtype, context: ready.manifest.context, measured: choices.as_ref() };
     let target = runtime::cpu::choose(ready.artifact.file(), &ready.manifest)?;
     let lowered = llamac::compile::lower(&request, &target.name, true)?.lowered;
-    let threads = options.threads.unwrap_or_else(pool::physical_cores);
-    let mut program = Cpu { threads }.open(&ready.artifact)?;
+    let mut program = options.device()?.load_tapped(&ready.artifact)?;
     let mut weights = InterpretedProgram::load(&ready.artifact, Rounding::Stored)?;
-    let prompts = reference.into_iter().flat_map(|r| &r.prompts).map(|p| p.tokens.clone());
-    let tokens = prompts.max_by_key(Vec::len).unwrap_or_else(|| {
-        let most = LENGTHS[1].min(ready.manifest.context);
-        llamac::reference::ids(config.vocab_size).take(most).collect()
-    });
+    let tokens = tokens(reference, config.vocab_size, ready.manifest.context);
     let mut ops = Ops::default();
-    ops.judge(&mut program, &lowered, &mut weights, &tokens)?;
+    ops.judge(&mut *program, &lowered, &mut weights, &tokens)?;
     for (layer, shares) in &ops.layers {
         let of = layer.map_or("outside".to_string(), |layer| format!("layer {layer}"));
         let said = format!("{:.3} of the hard bound, {:.3} of the statistical", shares.hard, shares.typical);
@@ -195,26 +224,57 @@ fn by_ops(
     Ok(())
 }
 
+/// The tokens of the longest prompt of a reference, or such as look like none in particular.
+fn tokens(reference: Option<&Reference>, vocab: usize, context: usize) -> Vec<i32> {
+    let prompts = reference.into_iter().flat_map(|r| &r.prompts).map(|p| p.tokens.clone());
+    let most = LENGTHS[1].min(context);
+    prompts.max_by_key(Vec::len).unwrap_or_else(|| llamac::reference::ids(vocab).take(most).collect())
+}
+
+/// Asks each op whether it is to blame for wrong logits; where none is, the logits stay the first fault.
+fn localise(
+    options: &Options,
+    build: &BuildOptions,
+    config: &Config,
+    reference: Option<&Reference>,
+    found: &mut Found,
+    screen: &Screen,
+) -> Result<(), CliError> {
+    let tapped = source::ready(&options.model, &BuildOptions { taps: true, ..build.clone() }, screen);
+    let logits = found.fault.take();
+    match tapped.and_then(|ready| by_ops(options, &ready, config, reference, found)) {
+        // What shows no launches, or not those of this llamac, has nothing to say.
+        Err(
+            error @ (CliError::Device(DeviceError::NoTaps { .. } | DeviceError::NoLaunches { .. })
+            | CliError::Ops(OpsError::OtherPlan)),
+        ) => screen.note(format!("no op is looked at: {error}")),
+        judged => judged?,
+    }
+    found.fault = found.fault.take().or(logits);
+    Ok(())
+}
+
 /// Judges what the program says.
 fn by_logits(
     options: &Options,
     ready: &Ready,
-    reference: Option<Reference>,
+    reference: Option<&Reference>,
     found: &mut Found,
 ) -> Result<(), CliError> {
     let dtype = DType::from_name(&ready.manifest.dtype).expect("an artifact's dtype is one");
-    let threads = options.threads.unwrap_or_else(pool::physical_cores);
-    let mut program = Cpu { threads }.load(&ready.artifact)?;
+    let mut program = options.device()?.load(&ready.artifact)?;
     let mut honest = InterpretedProgram::load(&ready.artifact, Rounding::Stored)?;
+    let interpreted;
     let (reference, by) = match reference {
         Some(reference) => (reference, "the reference"),
         None => {
             let mut exact = InterpretedProgram::load(&ready.artifact, Rounding::Exact)?;
-            (Reference::interpreted(&mut exact, &mut honest, &LENGTHS, STEPS)?, "the interpreter in f64")
+            interpreted = Reference::interpreted(&mut exact, &mut honest, &LENGTHS, STEPS)?;
+            (&interpreted, "the interpreter in f64")
         }
     };
     let mut logits = Logits::default();
-    let judged = logits.judge(&mut *program, &mut honest, &reference, dtype)?;
+    let judged = logits.judge(&mut *program, &mut honest, reference, dtype)?;
     found.near_ties = logits.near_ties;
     found.worst = found.worst.max(logits.share);
     let Logits { share, positions, near_ties, steps, .. } = logits;
@@ -274,6 +334,10 @@ fn tell(
     }
     match found.fault {
         None => Ok(()),
-        Some(_) => Err(CliError::Mismatch { model: options.model.clone() }),
+        Some(_) => {
+            // What differs of two artifacts is the second.
+            let model = options.bisect.last().unwrap_or(&options.model).clone();
+            Err(CliError::Mismatch { model })
+        }
     }
 }

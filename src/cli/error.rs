@@ -28,6 +28,8 @@ use llamac::compare::reproducer::ReproducerError;
 #[cfg(feature = "compiler")]
 use llamac::compare::stored::StoredError;
 #[cfg(feature = "compiler")]
+use llamac::compare::trace::TraceError;
+#[cfg(feature = "compiler")]
 use llamac::compile::CompileError;
 #[cfg(feature = "compiler")]
 use llamac::reference::ReferenceError;
@@ -206,6 +208,10 @@ pub enum CliError {
     #[cfg(feature = "compiler")]
     #[error(transparent)]
     Reproducer(#[from] ReproducerError),
+    /// What launches store cannot be compared.
+    #[cfg(feature = "compiler")]
+    #[error(transparent)]
+    Trace(#[from] TraceError),
     /// A program that is not what it should be.
     #[cfg(feature = "compiler")]
     #[error("{model} is not what it should be")]
@@ -283,6 +289,12 @@ impl CliError {
                 | ReproducerError::Content { .. }
                 | ReproducerError::Lower(_)
                 | ReproducerError::Oracle(_) => Exit::Model,
+            },
+            #[cfg(feature = "compiler")]
+            CliError::Trace(error) => match error {
+                TraceError::Device(error) => device(error),
+                TraceError::Stored(error) => stored(error),
+                TraceError::Apart { .. } => Exit::Model,
             },
             #[cfg(feature = "compiler")]
             CliError::Mismatch { .. } => Exit::Mismatch,
@@ -386,6 +398,12 @@ impl CliError {
                 ReproducerError::Lower(_) | ReproducerError::Oracle(_) | ReproducerError::Load(_) => {
                     Facts::default()
                 }
+            },
+            #[cfg(feature = "compiler")]
+            CliError::Trace(error) => match error {
+                TraceError::Device(error) => device_facts(error),
+                TraceError::Stored(error) => stored_facts(error),
+                TraceError::Apart { what: _, a, b } => Facts::of(a, b),
             },
             #[cfg(feature = "compiler")]
             CliError::Mismatch { model } => Facts::default().file(Path::new(model)),

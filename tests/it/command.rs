@@ -1,6 +1,7 @@
 //! The command as a user has it: the program, run in a folder of its own with a cache of its own.
 
 use serde_json::Value;
+use std::error::Error;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
@@ -32,6 +33,23 @@ impl Place {
     /// Reads a file.
     pub fn read(&self, name: &str) -> Vec<u8> {
         fs::read(self.path(name)).unwrap_or_else(|error| panic!("{name}: {error}"))
+    }
+
+    /// Flips a bit of an element of a buffer of weights, by its name in the plan, in an artifact of a dtype of 2 or 4 bytes.
+    pub fn flip(&self, artifact: &str, buffer: &str, byte: u64, bit: u32) -> Result<(), Box<dyn Error>> {
+        let said = self.ok(&format!("inspect {artifact} --json")).json();
+        let sections = said["sections"].as_array().ok_or("no sections")?;
+        let weights = sections.iter().find(|s| s["name"] == "weights").ok_or("no weights")?;
+        let plan = self.ok(&format!("emit {artifact} --stage plan")).out;
+        let start = format!("weight %{buffer} ");
+        let line = plan.lines().find(|line| line.contains(&start)).ok_or("no such weight")?;
+        let offset = line.split(" bytes at ").nth(1).and_then(|rest| rest.split(' ').next());
+        let offset: u64 = offset.ok_or("no offset")?.parse()?;
+        let at = weights["offset"].as_u64().ok_or("no offset")? + offset + byte + u64::from(bit / 8);
+        let mut bytes = self.read(artifact);
+        bytes[at as usize] ^= 1 << (bit % 8);
+        self.write(artifact, bytes);
+        Ok(())
     }
 
     /// Every file in it and in its folders, sorted.

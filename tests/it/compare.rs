@@ -161,17 +161,7 @@ fn flipped(place: &Place, model: &Model) -> Checked<()> {
         let compare = format!("compare model.llamac --checkpoint {folder} --json");
         assert_eq!(place.ok(&compare).json()["verdict"], "pass");
         // The lowest bit of the first element of the first panel of layer 1's `o`.
-        let said = place.ok("inspect model.llamac --json").json();
-        let sections = said["sections"].as_array().ok_or("no sections")?;
-        let weights = sections.iter().find(|s| s["name"] == "weights").ok_or("no weights")?;
-        let plan = place.ok("emit model.llamac --stage plan").out;
-        let line = plan.lines().find(|line| line.contains("weight %l1.o.0 ")).ok_or("no such weight")?;
-        let offset = line.split(" bytes at ").nth(1).and_then(|rest| rest.split(' ').next());
-        let offset: u64 = offset.ok_or("no offset")?.parse()?;
-        let at = weights["offset"].as_u64().ok_or("no offset")? + offset;
-        let mut bytes = place.read("model.llamac");
-        bytes[at as usize] ^= 1;
-        place.write("model.llamac", bytes);
+        place.flip("model.llamac", "l1.o.0", 0, 0)?;
         let fault = names(&place.run(&compare), Some(1), "self_attn.o_proj");
         assert_eq!(fault["index"], serde_json::json!([0, 0]));
         assert!(fault["kernel"].is_string(), "{fault}");

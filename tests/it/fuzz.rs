@@ -3,6 +3,7 @@
 //!
 //! * Graph text through every pass, as `opt` runs them, with the verifier after each.
 //! * Kernel text and plan text: what verifies comes back from its own text.
+//! * Traces: what is read comes back from its own text.
 //! * Artifacts with valid digests, as a forger makes them, and something wrong in manifest, plan, graph, tokenizer or
 //!   template: everything but running them.
 //!
@@ -17,7 +18,10 @@ use ir::passes::lower::Kernels;
 use ir::passes::{self, Run};
 use ir::target::Target;
 use libtest_mimic::{Failed, Trial};
+use llamac::compare::trace::part::part;
+use llamac::compare::trace::text::parse as parse_trace;
 use llamac::compile::{Stage, lower};
+use llamac::judge::StoredBound;
 use llamac::model::Model;
 use llamac::pipeline::Request;
 use models::{Config, Tokenizer};
@@ -34,8 +38,13 @@ use std::sync::Arc;
 
 pub fn trials() -> Vec<Trial> {
     type Test = fn() -> Result<(), Failed>;
-    let tests: [(&str, Test); 4] =
-        [("graphs", graphs), ("kernels", kernels), ("plans", plans), ("artifacts", artifacts)];
+    let tests: [(&str, Test); 5] = [
+        ("graphs", graphs),
+        ("kernels", kernels),
+        ("plans", plans),
+        ("traces", traces),
+        ("artifacts", artifacts),
+    ];
     tests.into_iter().map(|(name, test)| Trial::test(format!("fuzz {name}"), test)).collect()
 }
 
@@ -136,6 +145,29 @@ fn plans() -> Result<(), Failed> {
             assert_eq!(ir::plan::parse::parse(&plan.to_string()).as_ref(), Ok(&plan));
             let _ = (plan.totals(), plan.bytes_per_token(), plan.launches_per_token());
         }
+    })
+}
+
+fn traces() -> Result<(), Failed> {
+    let values = [
+        "value l0.qr bf16 3x4x16 00112233445566778899aabbccddeeff 7:0.25 99:-1.5 150:NaN",
+        "value token i32 1 00112233445566778899aabbccddeeff 0:17",
+        "value x f32 - 00112233445566778899aabbccddeeff 0:-inf",
+    ];
+    let text = format!(
+        "llamac trace 1\nmodel a model\ndtype bf16\ntarget cpu:x86-64-v4\narithmetic fma\ncompiler 0.1.0\n\
+         tokens 1 5 7 2\nkernel q.1 dot mr 12, nr 2, kc 0\nkernel token sample \nstep logits prefill 3 0\n\
+         launch l0.q q.1\n{}\nlaunch token token\n{}\nstep token decode 1 3\nlaunch l0.q q.1\n{}\nend 3\n",
+        values[0], values[1], values[2]
+    );
+    let right = parse_trace(&text)?;
+    assert_eq!(right.to_string(), text);
+    fuzz(&[text], 20000, |text| {
+        let Ok(trace) = parse_trace(text) else { return };
+        assert_eq!(parse_trace(&trace.to_string()).map(|again| again.to_string()), Ok(trace.to_string()));
+        // Comparing must not trip over what a file says, either.
+        let _ = part(&right, &trace, &mut |_, _| Ok(Some(StoredBound::new(DType::BF16, &[1.0], &[2.0]))));
+        let _ = part(&trace, &right, &mut |_, _| Ok(None));
     })
 }
 

@@ -10,6 +10,7 @@
 //! * [`readme`]: what the README says.
 //! * [`reference`]: real models against what PyTorch computes, on every device.
 //! * [`reproducer`]: groups taken out of their graphs, and faults shown again from a folder.
+//! * [`trace`]: what launches store, compared with other runs and other artifacts.
 //! * [`compare`]: the verb passes what is right and names each planted fault.
 //! * [`stages`]: every stage as text, and `opt` from one to the next.
 //! * [`cli`]: what the command gives to people and scripts, and [`bad`]: how it refuses bad input; both run it by [`command`].
@@ -45,6 +46,7 @@ mod reproducer;
 mod skipped;
 mod stages;
 mod tune;
+mod trace;
 
 /// What a check says: nothing, or what is wrong.
 type Checked<T> = Result<T, Box<dyn std::error::Error>>;
@@ -72,6 +74,7 @@ fn main() {
     trials.extend(reproducer::trials());
     trials.extend(stages::trials());
     trials.extend(tune::trials());
+    trials.extend(trace::trials());
     let conclusion = libtest_mimic::run(&args, trials);
     skipped::print_all();
     conclusion.exit();

@@ -18,7 +18,7 @@ use llamac::compile;
 use llamac::model::Model;
 use llamac::pipeline::Request;
 use runtime::artifact::{Artifact, ArtifactWriter};
-use runtime::manifest::{Manifest, WEIGHTS};
+use runtime::manifest::Manifest;
 use safetensors::SafeTensors;
 use std::fs;
 use std::rc::Rc;
@@ -137,12 +137,11 @@ fn shows_again() -> Checked<()> {
     Ok(())
 }
 
-/// An artifact whose code is not what its plan's kernels say: level op names the op, the kernel alone is right.
-fn wrong_code() -> Checked<()> {
-    let place = Place::new();
-    place.ok("compile builtin --dtype f32 --ctx 32 --taps -o right.llamac");
+/// Compiles `right.llamac`, and `wrong.llamac` with a mistake in the code of the kernel `down`, which decode steps run.
+pub fn forge(place: &Place, dtype: DType) -> Checked<()> {
+    place.ok(&format!("compile builtin --dtype {dtype} --ctx 32 --taps -o right.llamac"));
     let (level, config) = (native()?, Model::open("builtin")?.config()?);
-    let request = Request { config: &config, dtype: DType::F32, context: 32 };
+    let request = Request { config: &config, dtype, context: 32 };
     let mut lowered = compile::lower(&request, "cpu:native", true)?.lowered;
     let number = lowered.kernels.iter().position(|kernel| kernel.name == "down").ok_or("no such kernel")?;
     lowered.kernels[number] = wrong(&lowered.kernels[number])?;
@@ -160,7 +159,13 @@ fn wrong_code() -> Checked<()> {
         out.end()?;
     }
     writer.finish(&right.manifest::<Manifest>()?)?;
+    Ok(())
+}
 
+/// An artifact whose code is not what its plan's kernels say: level op names the op, the kernel alone is right.
+fn wrong_code() -> Checked<()> {
+    let place = Place::new();
+    forge(&place, DType::F32)?;
     place.ok("compare right.llamac --level op");
     for (how, folder) in [
         ("", place.path("wrong-l0.down-reproducer")),
@@ -186,11 +191,7 @@ fn damaged() -> Checked<()> {
     let place = Place::new();
     wrong_case(&place)?;
     place.ok("compile builtin --dtype f32 --ctx 32 -o model.llamac");
-    let mut bytes = place.read("model.llamac");
-    let end = bytes.len();
-    let weights = Artifact::open(&place.path("model.llamac"))?.require(WEIGHTS)?.len();
-    bytes[end - weights.next_multiple_of(4096) + 64] ^= 1;
-    place.write("model.llamac", bytes);
+    place.flip("model.llamac", "l0.q.1", 4, 30)?;
     let said = place.run("compare model.llamac --checkpoint builtin --reproducer weight");
     assert_eq!(said.exit, Some(1), "{}{}", said.out, said.err);
     assert_eq!(place.run("compare --replay weight").exit, Some(1));
