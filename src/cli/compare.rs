@@ -109,7 +109,7 @@ struct Found {
 pub fn compare(options: &Options, screen: &Screen) -> Result<(), CliError> {
     let begin = Instant::now();
     if let Some(folder) = &options.replay {
-        return reproducer::replay(folder, screen);
+        return reproducer::replay(options, folder, screen);
     }
     if let Some(folder) = &options.reproducer {
         reproducer::check(folder)?;

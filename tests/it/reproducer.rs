@@ -122,9 +122,12 @@ fn shows_again() -> Checked<()> {
     place.write("case/kernel.ir", kernel.replace("%sum", "%s"));
     let said = place.run("compare --replay case --json");
     assert_eq!(said.exit, Some(1), "{}{}", said.out, said.err);
-    let fault = &said.json()["first_fault"];
+    let fault = said.json()["first_fault"].clone();
     assert!(fault["found"] != fault["expected"] && fault["index"].is_array(), "{fault}");
     assert!(said.json()["worst"].as_f64().is_some_and(|worst| worst > 1.0), "{}", said.out);
+    // The kernel interpreter says the same of it.
+    let said = place.run("compare --replay case --device interpreter --json");
+    assert_eq!((said.exit, &said.json()["first_fault"]["index"]), (Some(1), &fault["index"]), "{}", said.err);
     place.write("case/kernel.ir", kernel.replacen(" - %sum", " + %sum", 1));
     assert!(place.ok("compare --replay case").out.contains("which was edited"));
     // The folder holds what each stage reads, and the numbers of both sides.
@@ -181,6 +184,13 @@ fn wrong_code() -> Checked<()> {
         let said = place.ok(&format!("compare --replay {} --json", folder.display()));
         assert_eq!(said.json()["verdict"], "pass");
     }
+    // Wrong logits are followed by a look at each op.
+    place.ok("compare right.llamac");
+    let said = place.run("compare wrong.llamac --json");
+    let fault = &said.json()["first_fault"];
+    assert_eq!((fault["layer"].as_u64(), fault["op"].as_str()), (Some(0), Some("down")), "{fault}");
+    let said = place.run("compare wrong.llamac --level op");
+    assert!(said.err.contains("alone the kernel is right"), "{}", said.err);
     let said = place.run("compare wrong.llamac --level op --reproducer here");
     assert_eq!(said.exit, Some(2), "{}", said.err);
     Ok(())

@@ -3,7 +3,7 @@
 use super::super::error::CliError;
 use super::super::screen::{Screen, pairs, print, print_json};
 use super::super::source::Ready;
-use super::Found;
+use super::{Found, Options};
 use llamac::compare::reproducer::{Replay, Reproducer, Where};
 use llamac::model::{Model, name_of};
 use serde_json::json;
@@ -17,7 +17,8 @@ pub fn check(folder: &Path) -> Result<(), CliError> {
     }
 }
 
-/// Leaves what was found in a folder; says on stderr where, or why not. The verdict stands either way.
+/// Leaves what was found in a folder; says on stderr where, or why not, and whether a kernel is wrong alone too. The verdict
+/// stands either way.
 pub fn leave(folder: Option<&Path>, ready: &Ready, found: &Found, screen: &Screen) -> Option<PathBuf> {
     let (Some(fault), Some(reproducer)) = (&found.fault, &found.reproducer) else { return None };
     let folder = folder.map_or_else(
@@ -34,7 +35,17 @@ pub fn leave(folder: Option<&Path>, ready: &Ready, found: &Found, screen: &Scree
     );
     match reproducer.write(&folder, &fault.to_string()) {
         Ok(()) => {
-            screen.note(format!("{}: a reproducer of the fault", folder.display()));
+            let alone = match reproducer {
+                Reproducer::Kernel(_) => reproducer.replay(Where::Cpu).ok(),
+                Reproducer::Weight(_) | Reproducer::Graph(_) => None,
+            };
+            let right = alone.is_some_and(|alone| alone.fault.is_none());
+            let but = if right {
+                "; alone the kernel is right: look at the code and the plan around it"
+            } else {
+                ""
+            };
+            screen.note(format!("{}: a reproducer of the fault{but}", folder.display()));
             Some(folder)
         }
         Err(error) => {
@@ -53,8 +64,18 @@ fn free(folder: &Path) -> PathBuf {
 }
 
 /// Shows the fault in a folder again.
-pub fn replay(folder: &Path, screen: &Screen) -> Result<(), CliError> {
-    let Replay { lines, worst, fault } = Reproducer::read(folder)?.replay(Where::Cpu)?;
+pub fn replay(options: &Options, folder: &Path, screen: &Screen) -> Result<(), CliError> {
+    let place = match options.device.device.as_str() {
+        "cpu" => Where::Cpu,
+        "interpreter" => Where::Interpreter,
+        name => {
+            return Err(CliError::NoDevice {
+                name: name.to_string(),
+                known: "cpu and interpreter to replay on",
+            });
+        }
+    };
+    let Replay { lines, worst, fault } = Reproducer::read(folder)?.replay(place)?;
     let verdict = if fault.is_none() { "pass" } else { "fail" };
     if screen.json {
         print_json(&json!({ "verdict": verdict, "worst": worst, "first_fault": fault }))?;
