@@ -86,6 +86,7 @@ pub fn check(options: &Options, screen: &Screen) -> Result<(), CliError> {
     {
         let what = format!("{}\n{}", describe(first), first.why);
         Reproducer::Kernel(case.clone()).write(folder, &what)?;
+        screen.note(format!("{}: a reproducer of the first that is wrong", folder.display()));
     }
 
     if report.launches() == 0 {
@@ -198,5 +199,6 @@ fn as_json(options: &Options, report: &Report) -> serde_json::Value {
         "verdict": if failures.is_empty() { "pass" } else { "fail" },
         "launches": report.launches(), "seed": options.seed, "rows": rows, "failures": failures,
         "without_kernel": report.refused.len(),
+        "reproducer": options.reproducer.as_ref().filter(|_| !report.failures.is_empty()),
     })
 }

@@ -220,6 +220,11 @@ pub(super) fn fault(
             (Vec::new(), text(found_dtype, found), text(expected_dtype, expected))
         }
     };
-    let (op, what) = (Some(op.to_string()), format!("%{value}, {mismatch}"));
+    let how = match mismatch {
+        Mismatch::Element { bound, share, .. } => format!("{share:.2} of the hard bound, which is {bound:e}"),
+        Mismatch::Spread { .. } => mismatch.to_string(),
+        Mismatch::Type { .. } => "another type".to_string(),
+    };
+    let (op, what) = (Some(op.to_string()), format!("%{value}, {how}"));
     Fault { layer, op, kernel: None, schedule: None, index, found: seen, expected: exact, what }
 }
