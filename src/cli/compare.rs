@@ -5,6 +5,7 @@ mod traces;
 
 use super::device::DeviceOptions;
 use super::error::CliError;
+use super::prompt::{Ids, ids};
 use super::screen::{Screen, pairs, print, print_json, short};
 use super::source::{self, BuildOptions, Ready, dtype};
 use clap::{Args, ValueEnum};
@@ -57,10 +58,13 @@ pub struct Options {
     #[arg(long, value_name = "DIR")]
     reproducer: Option<PathBuf>,
     /// Show the fault in this folder again, alone, in place of comparing a model
-    #[arg(long, value_name = "DIR", conflicts_with_all = ["model", "reproducer", "level", "reference", "checkpoint", "dtype"])]
+    #[arg(long, value_name = "DIR", conflicts_with_all = ["model", "reproducer", "level", "reference", "checkpoint", "dtype", "threads"])]
     replay: Option<PathBuf>,
+    /// Tokens to run, where launches are looked at [default: the reference's longest prompt, or some nine]
+    #[arg(long, value_name = "IDS", value_parser = ids, allow_hyphen_values = true, conflicts_with_all = ["replay", "against"])]
+    tokens: Option<Ids>,
     /// Write what each launch stores to this file: digests and samples
-    #[arg(long, value_name = "FILE", conflicts_with_all = ["level", "reproducer"])]
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["level", "reproducer", "checkpoint"])]
     record: Option<PathBuf>,
     /// Judge by such a file, of the same model on another machine: the same bits, or as near as two devices must be
     #[arg(long, value_name = "FILE", conflicts_with_all = ["level", "record", "reproducer", "reference"])]
@@ -83,6 +87,15 @@ impl Options {
             _ => self.device.device(),
         }
     }
+
+    /// The tokens that were asked for, those of the longest prompt of a reference, or such as look like none in particular.
+    fn tokens(&self, reference: Option<&Reference>, vocab: usize, context: usize) -> Vec<i32> {
+        let asked = self.tokens.as_ref().map(|Ids(tokens)| tokens.clone());
+        let prompts = reference.into_iter().flat_map(|r| &r.prompts).map(|p| p.tokens.clone());
+        let most = LENGTHS[1].min(context);
+        let any = || llamac::reference::ids(vocab).take(most).collect();
+        asked.or_else(|| prompts.max_by_key(Vec::len)).unwrap_or_else(any)
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -102,6 +115,8 @@ struct Found {
     worst: f64,
     near_ties: usize,
     fault: Option<Fault>,
+    /// Where two traces begin to differ, if only in bits.
+    difference: Option<Fault>,
     /// The fault, to be looked at alone.
     reproducer: Option<Reproducer>,
 }
@@ -116,6 +131,10 @@ pub fn compare(options: &Options, screen: &Screen) -> Result<(), CliError> {
     }
     // Asked before a long compilation.
     options.device()?;
+    let launches = options.level == Level::Op || options.record.is_some() || !options.bisect.is_empty();
+    if options.tokens.is_some() && !launches {
+        return Err(CliError::Usage("--tokens: for --level op, --record and --bisect".to_string()));
+    }
     let mut found = Found::default();
     if !options.bisect.is_empty() {
         traces::bisect(options, &options.bisect, &mut found, screen)?;
@@ -129,13 +148,15 @@ pub fn compare(options: &Options, screen: &Screen) -> Result<(), CliError> {
     // No more positions than are looked at: the interpreter's cache is large.
     let needed = |r: &Reference| r.prompts.iter().map(|p| p.tokens.len() + p.greedy.len()).max();
     let needed = reference.as_ref().and_then(needed).unwrap_or(LENGTHS[1] + STEPS);
-    let needed = trace.as_ref().map_or(needed, |trace| trace.tokens.len().max(1));
+    let asked =
+        options.tokens.as_ref().map(|Ids(tokens)| tokens).or(trace.as_ref().map(|trace| &trace.tokens));
+    let needed = asked.map_or(needed, |tokens| tokens.len().max(1));
     let ctx = (!matches!(model, Model::Artifact(_))).then_some(needed.min(config.context));
-    let taps = options.level == Level::Op || trace.is_some() || options.record.is_some();
+    let taps = launches || trace.is_some();
     let build = BuildOptions { dtype: options.dtype, ctx, taps, ..BuildOptions::default() };
     let ready = source::ready(&options.model, &build, screen)?;
     if let Some(file) = &options.record {
-        let tokens = tokens(reference.as_ref(), config.vocab_size, ready.manifest.context);
+        let tokens = options.tokens(reference.as_ref(), config.vocab_size, ready.manifest.context);
         return traces::record(options, file, &ready, &tokens, screen);
     }
 
@@ -210,7 +231,7 @@ fn by_ops(
     let lowered = llamac::compile::lower(&request, &target.name, true)?.lowered;
     let mut program = options.device()?.load_tapped(&ready.artifact)?;
     let mut weights = InterpretedProgram::load(&ready.artifact, Rounding::Stored)?;
-    let tokens = tokens(reference, config.vocab_size, ready.manifest.context);
+    let tokens = options.tokens(reference, config.vocab_size, ready.manifest.context);
     let mut ops = Ops::default();
     ops.judge(&mut *program, &lowered, &mut weights, &tokens)?;
     for (layer, shares) in &ops.layers {
@@ -222,13 +243,6 @@ fn by_ops(
     found.worst = found.worst.max(ops.worst());
     (found.fault, found.reproducer) = (ops.fault, ops.case.map(Reproducer::Kernel));
     Ok(())
-}
-
-/// The tokens of the longest prompt of a reference, or such as look like none in particular.
-fn tokens(reference: Option<&Reference>, vocab: usize, context: usize) -> Vec<i32> {
-    let prompts = reference.into_iter().flat_map(|r| &r.prompts).map(|p| p.tokens.clone());
-    let most = LENGTHS[1].min(context);
-    prompts.max_by_key(Vec::len).unwrap_or_else(|| llamac::reference::ids(vocab).take(most).collect())
 }
 
 /// Asks each op whether it is to blame for wrong logits; where none is, the logits stay the first fault.
@@ -318,7 +332,7 @@ fn tell(
         }
         print_json(&json!({
             "verdict": verdict, "worst": found.worst, "first_fault": fault, "near_ties": found.near_ties,
-            "seconds": seconds,
+            "first_difference": found.difference, "seconds": seconds,
         }))?;
     } else {
         let said = match &found.fault {

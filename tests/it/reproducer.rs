@@ -150,15 +150,17 @@ pub fn forge(place: &Place, dtype: DType) -> Checked<()> {
     lowered.kernels[number] = wrong(&lowered.kernels[number])?;
     let text = codegen::lower::module(&lowered.plan, &lowered.kernels, level.features, true);
     let code = codegen::link::link(&codegen::cpu::compile(&text, &level, Form::Object)?)?;
+    rewrite(place, "wrong.llamac", &[("code.", &code)])
+}
+
+/// Writes `right.llamac` under another name, with other contents for sections whose names begin so.
+pub fn rewrite(place: &Place, name: &str, changed: &[(&str, &[u8])]) -> Checked<()> {
     let right = Artifact::open(&place.path("right.llamac"))?;
-    let mut writer = ArtifactWriter::create(&place.path("wrong.llamac"), None)?;
+    let mut writer = ArtifactWriter::create(&place.path(name), None)?;
     for section in right.sections() {
-        let contents = match section.name.starts_with("code.") {
-            true => &code,
-            false => right.require(&section.name)?,
-        };
+        let other = changed.iter().find(|(begin, _)| section.name.starts_with(begin));
         let mut out = writer.section(&section.name)?;
-        out.append(contents)?;
+        out.append(other.map_or(right.require(&section.name)?, |(_, contents)| contents))?;
         out.end()?;
     }
     writer.finish(&right.manifest::<Manifest>()?)?;

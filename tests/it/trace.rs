@@ -3,10 +3,17 @@
 
 use crate::Checked;
 use crate::command::Place;
-use crate::reproducer::forge;
-use ir::DType;
+use crate::reproducer::{forge, rewrite};
+use codegen::cpu::Form;
+use ir::graph::Family;
+use ir::passes::lower::Kernels;
+use ir::passes::memory;
+use ir::{DType, passes};
 use libtest_mimic::Trial;
 use llamac::compare::trace::text::parse;
+use llamac::compile;
+use llamac::model::Model;
+use llamac::pipeline::{Entry, Request};
 use serde_json::Value;
 
 pub fn trials() -> Vec<Trial> {
@@ -16,12 +23,13 @@ pub fn trials() -> Vec<Trial> {
         test("trace finds other numbers", other_numbers),
         test("trace and bisect find other code", other_code),
         test("bisect compares dtypes", dtypes),
+        test("bisect compares schedules", schedules),
         test("bisect without taps has logits", without_taps),
         test("compare asks devices for launches", devices),
     ]
 }
 
-fn compile(place: &Place, name: &str, how: &str) {
+fn made(place: &Place, name: &str, how: &str) {
     place.ok(&format!("compile builtin --ctx 48 -o {name} {how}"));
 }
 
@@ -29,7 +37,7 @@ fn compile(place: &Place, name: &str, how: &str) {
 fn met() -> Checked<()> {
     let place = Place::new();
     for dtype in ["f32", "bf16"] {
-        compile(&place, "a.llamac", &format!("--dtype {dtype} --taps"));
+        made(&place, "a.llamac", &format!("--dtype {dtype} --taps"));
         place.ok(&format!(
             "compile builtin --ctx 64 --dtype {dtype} --taps --target cpu:x86-64-v3 -o b.llamac"
         ));
@@ -67,7 +75,7 @@ fn of(fault: &Value) -> (Option<u64>, Option<&str>) {
 /// One value of a trace is changed: where the code is the same its digest decides, else its numbers.
 fn other_numbers() -> Checked<()> {
     let place = Place::new();
-    compile(&place, "a.llamac", "--dtype f32 --taps");
+    made(&place, "a.llamac", "--dtype f32 --taps");
     place.ok("compare a.llamac --record a.trace");
     let text = String::from_utf8(place.read("a.trace"))?;
     let line = text.lines().find(|line| line.starts_with("value l2.x1 ")).ok_or("no such value")?;
@@ -81,7 +89,9 @@ fn other_numbers() -> Checked<()> {
     // Another arithmetic is a reason for other bits, and none for other numbers.
     let other = |text: &str| text.replacen("arithmetic fma", "arithmetic other", 1);
     place.write("other.trace", other(&bits));
-    assert!(place.ok("compare a.llamac --against other.trace").out.contains("layer 2, o (@o"));
+    assert!(
+        place.ok("compare a.llamac --against other.trace").out.contains("differ from layer 2, o (kernel @o")
+    );
     let sample = line.split(' ').nth(6).ok_or("no sample")?;
     let (index, x) = sample.split_once(':').ok_or("no sample")?;
     for (factor, right) in [(1.000_001, true), (1.5, false)] {
@@ -141,13 +151,17 @@ fn other_code() -> Checked<()> {
 fn dtypes() -> Checked<()> {
     let place = Place::new();
     for dtype in ["f32", "bf16"] {
-        compile(&place, &format!("{dtype}.llamac"), &format!("--dtype {dtype} --taps"));
+        made(&place, &format!("{dtype}.llamac"), &format!("--dtype {dtype} --taps"));
     }
     let said = place.ok("compare --bisect f32.llamac bf16.llamac --json").json();
     let worst = said["worst"].as_f64().ok_or("no worst")?;
     assert!(worst > 0.01 && worst < 1.0, "{worst}");
     let said = place.ok("compare --bisect f32.llamac bf16.llamac");
-    assert!(said.out.contains("bits    differ from x (@x"), "{}", said.out);
+    assert!(
+        said.out.contains("differ from x (kernel @x.1") && said.out.contains("f32 beside bf16"),
+        "{}",
+        said.out
+    );
     // The exponent of the first element of the first panel of layer 1's `o`.
     place.flip("bf16.llamac", "l1.o.0", 0, 14)?;
     let found = fault(&place, "compare --bisect f32.llamac bf16.llamac");
@@ -155,10 +169,54 @@ fn dtypes() -> Checked<()> {
     Ok(())
 }
 
+/// Attention in tiles of 16 keys and of 64: other bits, as near as they must be, from the first kernel that adds so.
+fn schedules() -> Checked<()> {
+    let place = Place::new();
+    made(&place, "right.llamac", "--dtype f32 --taps");
+    let (level, config) = (codegen::cpu::level("cpu:native")?, Model::open("builtin")?.config()?);
+    let request = Request { config: &config, dtype: DType::F32, context: 48 };
+    let mut entries = compile::lower(&request, "cpu:native", true)?.lowered.entries;
+    let mut kernels = Kernels::default();
+    for Entry { graph, launches, .. } in &mut entries {
+        for group in graph.groups.iter_mut().filter(|group| group.family == Family::Attention) {
+            group.schedule = Some("mr 1, nr 1, keys 16".to_string());
+        }
+        *launches = passes::lower::lower(graph, &level.target, &mut kernels)?;
+    }
+    let fused: Vec<String> = entries.iter().map(|entry| entry.graph.to_string()).collect();
+    let lowered: Vec<_> = (entries.iter())
+        .map(|e| memory::Lowered { graph: &e.graph, launches: e.launches.clone(), give: e.give })
+        .collect();
+    let plan = memory::memory(&lowered, &kernels);
+    let text = codegen::lower::module(&plan, &kernels.list, level.features, true);
+    let code = codegen::link::link(&codegen::cpu::compile(&text, &level, Form::Object)?)?;
+    let (plan, fused) = (plan.to_string(), fused.join("\n"));
+    let changed = [("code.", &code[..]), ("plan.", plan.as_bytes()), ("fused.", fused.as_bytes())];
+    rewrite(&place, "other.llamac", &changed)?;
+
+    let tokens: Vec<String> = (0..40).map(|n| (n * 31 % 1000 + 1).to_string()).collect();
+    let bisect = format!("compare --bisect right.llamac other.llamac --tokens {}", tokens.join(","));
+    let said = place.ok(&format!("{bisect} --json")).json();
+    let found = &said["first_difference"];
+    assert_eq!(of(found), (Some(0), Some("a")), "{found}");
+    let what = found["what"].as_str().ok_or("nothing said")?;
+    assert!(
+        what.contains("keys 16") && found["schedule"].as_str().is_some_and(|s| s.contains("keys 64")),
+        "{what}"
+    );
+    let worst = said["worst"].as_f64().ok_or("no worst")?;
+    assert!(worst > 0.0 && worst < 1.0, "{worst}");
+    // The other machine's trace says the same, by its samples.
+    place.ok(&format!("compare other.llamac --record other.trace --tokens {}", tokens.join(",")));
+    let said = place.ok("compare right.llamac --against other.trace --json").json();
+    assert_eq!(of(&said["first_difference"]), (Some(0), Some("a")), "{said}");
+    Ok(())
+}
+
 fn without_taps() -> Checked<()> {
     let place = Place::new();
-    compile(&place, "tapped.llamac", "--dtype bf16 --taps");
-    compile(&place, "plain.llamac", "--dtype bf16");
+    made(&place, "tapped.llamac", "--dtype bf16 --taps");
+    made(&place, "plain.llamac", "--dtype bf16");
     let said = place.ok("compare --bisect tapped.llamac plain.llamac");
     assert!(said.err.contains("only logits are compared") && said.out.contains("1 compared"), "{}", said.err);
     place.flip("plain.llamac", "l1.o.0", 0, 14)?;
@@ -172,7 +230,7 @@ fn without_taps() -> Checked<()> {
 
 fn devices() -> Checked<()> {
     let place = Place::new();
-    compile(&place, "a.llamac", "--dtype f32 --taps");
+    made(&place, "a.llamac", "--dtype f32 --taps");
     place.ok("compare a.llamac --device interpreter");
     for (device, how, exit) in [
         ("interpreter", "--level op", 7),

@@ -7,7 +7,7 @@ use super::{Found, Options};
 use ir::DType;
 use ir::interp::Rounding;
 use llamac::compare::stored;
-use llamac::compare::trace::part::{Oracle, Parting, part};
+use llamac::compare::trace::part::{Oracle, Parted, Parting, part};
 use llamac::compare::trace::{SAMPLES, Trace, TraceError, text};
 use llamac::judge::StoredBound;
 use runtime::artifact::Artifact;
@@ -87,14 +87,18 @@ pub fn bisect(
         let manifest: Manifest = artifact.manifest()?;
         Ok((artifact, manifest))
     };
+    let shows = |(artifact, manifest): (&Artifact, &Manifest)| -> Result<bool, CliError> {
+        let target = choose(artifact.file(), manifest)?;
+        Ok(manifest.taps && artifact.section(&target.fused_section()).is_some())
+    };
     let ((a, of_a), (b, of_b)) = (open(a)?, open(b)?);
     let vocab = |manifest: &Manifest| manifest.config["vocab_size"].as_u64().unwrap_or(0);
     if vocab(&of_a) != vocab(&of_b) {
         let (what, [a, b]) = ("vocabularies", [&of_a, &of_b].map(|manifest| vocab(manifest).to_string()));
         return Err(TraceError::Apart { what, a, b }.into());
     }
-    let tokens = super::tokens(None, vocab(&of_a) as usize, of_a.context.min(of_b.context));
-    let tapped = of_a.taps && of_b.taps;
+    let tokens = options.tokens(None, vocab(&of_a) as usize, of_a.context.min(of_b.context));
+    let tapped = shows((&a, &of_a))? && shows((&b, &of_b))?;
     let trace = |artifact: &Artifact| match tapped {
         true => run(&mut *options.device()?, artifact, &tokens, usize::MAX),
         false => logits(&mut *options.device()?, artifact, &tokens),
@@ -123,9 +127,6 @@ pub fn bisect(
         found.lines.push((of.to_string(), format!("{}: {}", file.file().display(), told(trace))));
     }
     add(&parting, found);
-    if let Some(wrong) = &parting.wrong {
-        found.lines.push(("beyond".to_string(), wrong.to_string()));
-    }
     Ok(())
 }
 
@@ -141,12 +142,12 @@ fn add(parting: &Parting, found: &mut Found) {
     }
     found.lines.push(("values".to_string(), said));
     if let Some(bits) = bits {
-        found.lines.push(("bits".to_string(), format!("differ from {bits}")));
+        found.lines.push(("bits".to_string(), format!("differ from {}", bits.fault())));
         let share = format!("{worst:.3} of what two devices may be apart, at the most");
         found.lines.push(("apart".to_string(), share));
     }
     (found.worst, found.near_ties) = (found.worst.max(*worst), *near_ties);
-    found.fault = wrong.as_ref().map(|wrong| wrong.fault());
+    [found.fault, found.difference] = [wrong, bits].map(|parted| parted.as_ref().map(Parted::fault));
 }
 
 fn told(trace: &Trace) -> String {

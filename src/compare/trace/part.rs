@@ -17,7 +17,6 @@ use ir::plan::PlanKernel;
 use runtime::device::{DeviceError, Program, Want};
 use runtime::interpreter::InterpretedProgram;
 use std::collections::HashMap;
-use std::fmt::{self, Display, Formatter};
 
 /// What came of comparing two traces.
 #[derive(Clone, Debug, Default)]
@@ -79,22 +78,12 @@ impl Parted {
 
     fn what(&self) -> String {
         let (entry, tokens, past) = &self.step;
-        format!("%{} in @{entry}, T = {tokens}, P = {past}: {}", self.value, self.why)
-    }
-}
-
-impl Display for Parted {
-    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
-        let (layer, op) = layer_of(&self.group);
-        if let Some(layer) = layer {
-            write!(f, "layer {layer}, ")?;
-        }
-        let [a, b] = self.kernels.each_ref().map(|k| format!("@{}, schedule \"{}\"", k.name, k.schedule));
-        write!(f, "{op} ({a}; {b}): {}", self.what())?;
-        match &self.element {
-            Some(Element { index, found: [a, b] }) => write!(f, "; element {index:?} is {a:e} and {b:e}"),
-            None => Ok(()),
-        }
+        let [a, b] = &self.kernels;
+        let beside = match a == b {
+            true => String::new(),
+            false => format!(", beside kernel @{}, schedule \"{}\"", b.name, b.schedule),
+        };
+        format!("%{} in @{entry}, T = {tokens}, P = {past}{beside}: {}", self.value, self.why)
     }
 }
 
@@ -145,7 +134,10 @@ pub fn part(a: &Trace, b: &Trace, bounds: Bounds<'_>) -> Result<Parting, TraceEr
                 value: value.name.clone(),
                 kernels: kernels.map(Clone::clone),
                 element,
-                why: "other bits".to_string(),
+                why: match value.dtype == other.dtype {
+                    true => "other bits".to_string(),
+                    false => format!("{} beside {}", value.dtype, other.dtype),
+                },
             };
             parting.bits.get_or_insert_with(|| parted.clone());
             let why = if same_bits {
