@@ -237,7 +237,8 @@ fn readme(reproducer: &Reproducer, what: &str) -> String {
     let rule = match reproducer {
         Reproducer::Kernel(_) => {
             "It lowers graph.ir with its schedule, runs the kernel on the inputs in tensors.safetensors, and judges what\n\
-             it stores. kernel.ir is the kernel that ran. Edit it, and the edited text runs in place of what llamac lowers."
+             it stores. kernel.ir is the kernel that ran. Edit it, and the edited text runs in place of what llamac lowers;\n\
+             with `--device interpreter` what reaches outside of its buffers is found, as code it is not held back."
         }
         Reproducer::Weight(_) => {
             "It looks up each element of the tensors where plan.txt says that it lies, and compares the bits `found`.\n\
