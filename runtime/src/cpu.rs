@@ -323,7 +323,7 @@ impl Memory for CpuMemory<'_> {
 }
 
 /// What the plan calls a want.
-pub(crate) fn give(want: Want) -> Give {
+pub fn give(want: Want) -> Give {
     match want {
         Want::Nothing => Give::Nothing,
         Want::Token | Want::Logits => Give::Last,

@@ -37,6 +37,7 @@ use ir::interp::Tensor;
 use ir::op::Op;
 use ir::plan::{Give, Plan, PlanKernel};
 use ir::random::Rng;
+use runtime::cpu::give;
 use runtime::device::{DeviceError, Program, Step, Tap, Tapped, Want};
 use runtime::manifest::{Manifest, TargetCode};
 use std::collections::BTreeSet;
@@ -297,13 +298,4 @@ pub enum TraceError {
         /// In the other.
         b: String,
     },
-}
-
-/// What the plan calls a want.
-fn give(want: Want) -> Give {
-    match want {
-        Want::Nothing => Give::Nothing,
-        Want::Token | Want::Logits => Give::Last,
-        Want::AllLogits => Give::All,
-    }
 }

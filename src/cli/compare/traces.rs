@@ -131,11 +131,14 @@ pub fn bisect(
 }
 
 fn add(parting: &Parting, found: &mut Found) {
-    let Parting { values, equal, single, near_ties, worst, bits, wrong } = parting;
+    let Parting { values, equal, single, unjudged, near_ties, worst, bits, wrong } = parting;
     let [values, equal] = [values, equal].map(|&count| grouped(count as u64));
     let mut said = format!("{values} compared, {equal} equal to the bit");
     if *single > 0 {
         said += &format!("; {} that one of both has alone", grouped(*single as u64));
+    }
+    if *unjudged > 0 {
+        said += &format!("; {unjudged} that the interpreter does not have");
     }
     if *near_ties > 0 {
         said += &format!("; {near_ties} near ties");

@@ -189,39 +189,17 @@ impl KernelCase {
             Where::Interpreter => Device::Interpreter,
         };
         let bound = (&self.symbols, &tensors);
-        let (mut shares, mut fault) = (Shares::default(), None);
-        match results(&subject, group, (0, &lowered), &mut device, bound) {
-            Ok(found) => {
-                for ((id, found), expected) in found.iter().zip(&expected) {
-                    match expected.check(found) {
-                        Ok(share) => shares = shares.worst(share),
-                        Err(mismatch) => {
-                            let value = &self.graph[*id].name;
-                            shares = shares.worst(mismatch.shares());
-                            fault = fault.or_else(|| {
-                                Some(ops::fault(self.group(), value, expected, found, &mismatch))
-                            });
-                        }
-                    }
-                }
-            }
+        let (shares, fault) = match results(&subject, group, (0, &lowered), &mut device, bound) {
+            Ok(found) => self.judge(&found, &expected),
             Err(error) => {
                 let (layer, op) = layer_of(self.group());
-                let (found, expected) = ("a launch that is wrong", "one that is right");
-                let [found, expected] = [found, expected].map(|text| Seen::Text(text.to_string()));
-                let (op, what) = (Some(op.to_string()), error.to_string());
-                fault = Some(Fault {
-                    layer,
-                    op,
-                    kernel: None,
-                    schedule: None,
-                    index: vec![],
-                    found,
-                    expected,
-                    what,
-                });
+                let [found, expected] =
+                    ["a wrong launch", "a right one"].map(|text| Seen::Text(text.to_string()));
+                let (op, index, what) = (Some(op.to_string()), Vec::new(), error.to_string());
+                let fault = Fault { layer, op, kernel: None, schedule: None, index, found, expected, what };
+                (Shares { hard: f64::INFINITY, ..Shares::default() }, Some(fault))
             }
-        }
+        };
         let named = self.graph.symbols.0.iter().zip(self.symbols);
         let symbols: Vec<String> = named.map(|(s, value)| format!("{} = {value}", s.name)).collect();
         let on = match place {
@@ -242,6 +220,23 @@ impl KernelCase {
         let (kernel, schedule) = (Some(lowered.kernel.name), Some(lowered.kernel.schedule));
         let fault = fault.map(|fault| Fault { kernel, schedule, ..fault });
         Ok(Replay { lines, worst: shares.hard.max(shares.typical), fault })
+    }
+
+    /// The worst shares of the bounds, and the first result that is wrong.
+    fn judge(&self, found: &[(ValueId, Tensor)], expected: &[Expected]) -> (Shares, Option<Fault>) {
+        let (mut shares, mut fault) = (Shares::default(), None);
+        for ((id, found), expected) in found.iter().zip(expected) {
+            match expected.check(found) {
+                Ok(share) => shares = shares.worst(share),
+                Err(mismatch) => {
+                    let value = &self.graph[*id].name;
+                    shares = shares.worst(mismatch.shares());
+                    fault =
+                        fault.or_else(|| Some(ops::fault(self.group(), value, expected, found, &mismatch)));
+                }
+            }
+        }
+        (shares, fault)
     }
 
     fn group(&self) -> &str {

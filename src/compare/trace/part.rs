@@ -27,6 +27,8 @@ pub struct Parting {
     pub equal: usize,
     /// Values that one of both has alone.
     pub single: usize,
+    /// Values whose bits differ and of which the oracle knows nothing.
+    pub unjudged: usize,
     /// Greedy choices that differ where errors may decide.
     pub near_ties: usize,
     /// The largest share of a bound.
@@ -144,7 +146,9 @@ pub fn part(a: &Trace, b: &Trace, bounds: Bounds<'_>) -> Result<Parting, TraceEr
                 Some("other bits, for which no schedule or instruction is a reason".to_string())
             } else if value.dtype.is_float() {
                 let whole = differences.len() == value.shape.iter().product::<usize>();
-                let share = bounds(step.want, &value.name)?.map_or(0.0, |b| b.share(&differences, whole));
+                let bound = bounds(step.want, &value.name)?;
+                parting.unjudged += usize::from(bound.is_none());
+                let share = bound.map_or(0.0, |bound| bound.share(&differences, whole));
                 parting.worst = parting.worst.max(share);
                 // What is no number on one side is beyond every bound.
                 let wrong = share > 1.0 || differences.contains(&f64::INFINITY);
