@@ -194,7 +194,7 @@ fn by_checkpoint(ready: &Ready, checkpoint: &Checkpoint, found: &mut Found) -> R
     let text = String::from_utf8_lossy(ready.artifact.require(GRAPH)?).into_owned();
     let dtype = DType::from_name(&ready.manifest.dtype).expect("an artifact's dtype is one");
     let (config, context) = (&checkpoint.config, ready.manifest.context);
-    found.fault = weights::graph(&text, &Request { config, dtype, context }.text());
+    found.fault = weights::graph(&text, &Request { config, dtype, context, measured: None }.text());
     if found.fault.is_some() {
         let case = GraphCase { graph: text, config: config.clone(), dtype, context };
         found.reproducer = Some(Reproducer::Graph(case));

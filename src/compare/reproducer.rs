@@ -224,7 +224,7 @@ impl Reproducer {
             Reproducer::Kernel(case) => case.replay(place),
             Reproducer::Weight(case) => Ok(case.replay()),
             Reproducer::Graph(GraphCase { graph, config, dtype, context }) => {
-                let expected = Request { config, dtype: *dtype, context: *context }.text();
+                let expected = Request { config, dtype: *dtype, context: *context, measured: None }.text();
                 let lines = vec![("graph", format!("{dtype}, context {context}, by config.json"))];
                 Ok(Replay { lines, worst: 0.0, fault: weights::graph(graph, &expected) })
             }

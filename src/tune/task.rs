@@ -100,15 +100,11 @@ pub fn tasks(lowered: &Lowered, target: &Target) -> Result<Vec<Task>, LowerError
 mod tests {
     use super::*;
     use crate::pipeline::{Request, lower};
-    use ir::parse::graph as parse;
-    use ir::passes::lower::Kernels;
-    use ir::verify::verify;
     use std::collections::BTreeMap;
 
-    /// A group alone is a graph that can be verified, printed, read and lowered, to the same kernel; and groups share a
-    /// signature just when they share a kernel.
+    /// What is measured of one group holds for those that have its kernel, and for no other.
     #[test]
-    fn a_group_alone_has_the_kernel_that_it_has_in_the_model() {
+    fn groups_share_a_signature_just_when_they_share_a_kernel() {
         let target = Target { name: "cpu:x86-64-v4".into(), vector_registers: 32, vector_bytes: 64 };
         for (preset, dtype) in [("smollm2-135m", DType::F32), ("tinyllama-1.1b", DType::BF16)] {
             let config = models::preset(preset).unwrap();
@@ -119,19 +115,6 @@ mod tests {
                 for (view, launch) in GroupView::all(&entry.graph).iter().zip(&entry.launches) {
                     let known = kernels.entry(signature(view)).or_insert(launch.kernel);
                     assert_eq!(*known, launch.kernel, "@{}", view.name());
-                    let (graph, _) = alone(view);
-                    verify(&graph).unwrap();
-                    assert_eq!(parse(&graph.to_string()).unwrap(), graph);
-                    let mut own = Kernels::default();
-                    ir::passes::lower::lower(&graph, &target, &mut own).unwrap();
-                    let named =
-                        |k: &ir::kernel::Kernel| ir::kernel::Kernel { name: String::new(), ..k.clone() };
-                    assert_eq!(
-                        named(&own.list[0]),
-                        named(&lowered.kernels[launch.kernel]),
-                        "@{}",
-                        view.name()
-                    );
                 }
             }
             assert_eq!(kernels.len(), lowered.kernels.len());

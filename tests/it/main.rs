@@ -45,8 +45,8 @@ mod reference;
 mod reproducer;
 mod skipped;
 mod stages;
-mod tune;
 mod trace;
+mod tune;
 
 /// What a check says: nothing, or what is wrong.
 type Checked<T> = Result<T, Box<dyn std::error::Error>>;

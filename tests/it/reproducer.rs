@@ -63,7 +63,7 @@ fn alone() -> Checked<()> {
     let (level, config) = (native()?, Model::open("builtin")?.config()?);
     let mut groups = 0;
     for dtype in [DType::F32, DType::BF16] {
-        let request = Request { config: &config, dtype, context: 96 };
+        let request = Request { config: &config, dtype, context: 96, measured: None };
         for entry in compile::lower(&request, "cpu:native", false)?.lowered.entries {
             groups += groups_alone(&entry.graph, &level)?;
         }
@@ -151,7 +151,7 @@ fn shows_again() -> Checked<()> {
 pub fn forge(place: &Place, dtype: DType) -> Checked<()> {
     place.ok(&format!("compile builtin --dtype {dtype} --ctx 32 --taps -o right.llamac"));
     let (level, config) = (native()?, Model::open("builtin")?.config()?);
-    let request = Request { config: &config, dtype, context: 32 };
+    let request = Request { config: &config, dtype, context: 32, measured: None };
     let mut lowered = compile::lower(&request, "cpu:native", true)?.lowered;
     let number = lowered.kernels.iter().position(|kernel| kernel.name == "down").ok_or("no such kernel")?;
     lowered.kernels[number] = wrong(&lowered.kernels[number])?;

@@ -174,7 +174,7 @@ fn schedules() -> Checked<()> {
     let place = Place::new();
     made(&place, "right.llamac", "--dtype f32 --taps");
     let (level, config) = (codegen::cpu::level("cpu:native")?, Model::open("builtin")?.config()?);
-    let request = Request { config: &config, dtype: DType::F32, context: 48 };
+    let request = Request { config: &config, dtype: DType::F32, context: 48, measured: None };
     let mut entries = compile::lower(&request, "cpu:native", true)?.lowered.entries;
     let mut kernels = Kernels::default();
     for Entry { graph, launches, .. } in &mut entries {

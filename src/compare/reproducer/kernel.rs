@@ -7,13 +7,14 @@ use crate::compare::{Fault, Seen, layer_of, ops};
 use crate::judge::{Expected, Shares};
 use ir::DType;
 use ir::dim::MAX_SYMBOLS;
-use ir::families::{GroupView, storage};
+use ir::families::GroupView;
+use ir::families::alone::alone;
 use ir::graph::{Graph, GroupId, ValueId};
 use ir::interp::{Rounding, Tensor, compute};
 use ir::kernel::Kernel;
 use ir::op::Op;
 use safetensors::tensor::Dtype;
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::rc::Rc;
 
 /// A group alone, with what its kernel was fed and what it stored.
@@ -44,8 +45,9 @@ impl KernelCase {
         found: &[(ValueId, Tensor)],
         expected: &[Expected],
     ) -> KernelCase {
-        let (graph, bound) = alone(view);
-        let inputs = bound.into_iter().map(|(name, id)| (name, stored(id))).collect();
+        let (graph, whole) = alone(view);
+        let bound = graph.values.iter().zip(&whole).filter(|(value, _)| is_bound(&value.op));
+        let inputs = bound.map(|(value, &id)| (value.name.clone(), stored(id))).collect();
         let name = |id: ValueId| view.graph[id].name.clone();
         KernelCase {
             graph,
@@ -271,55 +273,4 @@ fn file_dtype(dtype: DType) -> Dtype {
             unreachable!("no kernel keeps {dtype} in memory")
         }
     }
-}
-
-/// The graph of a group alone, which lowers to the same kernel; and for each value that it binds, by name, the value of
-/// the whole graph that was read. What other groups stored becomes an input; a version of a cache becomes the state.
-fn alone(view: &GroupView<'_>) -> (Graph, Vec<(String, ValueId)>) {
-    let whole = view.graph;
-    let read: BTreeSet<ValueId> =
-        view.values.iter().flat_map(|&id| &whole[id].operands).copied().filter(|&id| !view.has(id)).collect();
-    let mut graph = Graph { name: whole.name.clone(), symbols: whole.symbols.clone(), ..Graph::default() };
-    let mut group = whole.groups[view.id.0 as usize].clone();
-    group.remarks.clear();
-    graph.groups.push(group);
-    let (mut new, mut bound) = (BTreeMap::new(), Vec::new());
-    for &id in &read {
-        let mut value = whole[id].clone();
-        if value.group.is_some() {
-            let kept = &whole[storage(whole, id)];
-            value.op = match &kept.op {
-                Op::State { name } => Op::State { name: name.clone() },
-                _ => Op::Input { name: value.name.clone() },
-            };
-            (value.name, value.layout) = (kept.name.clone(), kept.layout);
-            (value.group, value.operands) = (None, Vec::new());
-        }
-        value.remarks.clear();
-        if is_bound(&value.op) {
-            bound.push((value.name.clone(), id));
-        }
-        new.insert(id, ValueId(graph.values.len() as u32));
-        graph.values.push(value);
-    }
-    for &id in &view.values {
-        let mut value = whole[id].clone();
-        value.operands.iter_mut().for_each(|operand| *operand = new[operand]);
-        value.group = Some(GroupId(0));
-        value.remarks.clear();
-        new.insert(id, ValueId(graph.values.len() as u32));
-        graph.values.push(value);
-    }
-    for &root in &view.roots {
-        let name = match &whole[storage(whole, root)].op {
-            Op::State { name } => name.clone(),
-            _ => whole[root].name.clone(),
-        };
-        graph.outputs.push((name, new[&root]));
-    }
-    let packs = whole.packs.iter().filter(|pack| pack.streams.iter().all(|s| new.contains_key(&s.weight)));
-    graph.packs = packs.cloned().collect();
-    let streams = graph.packs.iter_mut().flat_map(|pack| &mut pack.streams);
-    streams.for_each(|stream| stream.weight = new[&stream.weight]);
-    (graph, bound)
 }

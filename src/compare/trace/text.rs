@@ -111,7 +111,7 @@ pub fn parse(text: &str) -> Result<Trace, ParseError> {
         let family = Family::ALL.into_iter().find(|known| known.name() == family);
         let family = family.ok_or_else(|| words.error("a kernel's family"))?;
         let schedule = words.words.by_ref().collect::<Vec<_>>().join(" ");
-        kernels.push(PlanKernel { name, family, schedule });
+        kernels.push(PlanKernel { name, family, schedule, measured: false });
     }
     let mut steps = Vec::new();
     while lines.begins("step") {
