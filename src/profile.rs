@@ -359,8 +359,9 @@ pub fn trace(plan: &Plan, model: &str, steps: &[TracedStep]) -> Value {
     let mut origin = 0.0;
     for step in steps {
         let event = |lane: usize, name: String, span: Range<f64>, args: Value| {
-            let (at, end) = (nanos(origin + span.start), nanos(origin + span.end));
-            json!({"ph": "X", "pid": 0, "tid": lane, "name": name, "ts": at / 1e3, "dur": (end - at) / 1e3, "args": args})
+            // A nanosecond of air: a viewer that adds both as floats must not find the next event inside of this one.
+            let (at, end) = (nanos(origin + span.start), nanos(origin + span.end) - 1.0);
+            json!({"ph": "X", "pid": 0, "tid": lane, "name": name, "ts": at / 1e3, "dur": (end - at).max(0.0) / 1e3, "args": args})
         };
         let name = format!("{} tokens after {}", step.tokens, step.past);
         let args = json!({"tokens": step.tokens, "past": step.past});
