@@ -5,10 +5,13 @@
 //! * [`stored`] (feature `compiler`): what a launch has left in memory, value by value.
 //! * [`trace`] (feature `compiler`): what each launch stores, as a text for other machines, and where two of them part.
 //! * [`reproducer`] (feature `compiler`): a fault in a folder, and that shown again.
+//! * [`layers`] (feature `compiler`): what each layer gives, and what each module of a reference does.
 //! * [`logits`]: what the program says, against reference logits.
 //!
 //! Tolerances are [`crate::judge`]'s.
 
+#[cfg(feature = "compiler")]
+pub mod layers;
 pub mod logits;
 #[cfg(feature = "compiler")]
 pub mod ops;
@@ -85,12 +88,16 @@ impl fmt::Display for Fault {
 /// The layer in the name of a value (`l3.q`), a state (`k.3`) or a tensor (`model.layers.3.mlp.up_proj.weight`), and the
 /// rest of the name.
 pub fn layer_of(name: &str) -> (Option<usize>, &str) {
-    let number = |text: &str| text.parse().ok();
+    let number = |text: &str| text.parse::<usize>().ok();
     let after = name.strip_prefix("model.layers.").or_else(|| name.strip_prefix('l'));
     if let Some((layer, rest)) = after.and_then(|rest| rest.split_once('.'))
         && let Some(layer) = number(layer)
     {
         return (Some(layer), rest);
+    }
+    // The layer itself.
+    if let Some(layer) = name.strip_prefix("model.layers.").and_then(number) {
+        return (Some(layer), name);
     }
     match name.split_once('.') {
         Some((state @ ("k" | "v"), layer)) => (number(layer), state),
@@ -107,6 +114,7 @@ mod tests {
         assert_eq!(layer_of("l3.q"), (Some(3), "q"));
         assert_eq!(layer_of("v.12"), (Some(12), "v"));
         assert_eq!(layer_of("model.layers.0.mlp.up_proj.weight"), (Some(0), "mlp.up_proj.weight"));
+        assert_eq!(layer_of("model.layers.7"), (Some(7), "model.layers.7"));
         assert_eq!(layer_of("logits"), (None, "logits"));
         assert_eq!(layer_of("model.norm.weight"), (None, "model.norm.weight"));
     }

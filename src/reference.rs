@@ -10,14 +10,19 @@
 //! | `pI.greedy`, `pI.greedy_second` | i32 `[N]` | the best and second best token of each greedy step |
 //! | `pI.greedy_margin` | f64 `[N]` | by how much the best is better |
 //!
-//! and `reference.prompts[I].f32_max_error`: the largest error of a logit of the library that wrote the file, in f32.
+//! | `pI.NAME.input`, `pI.NAME.output` | f64 `[T, W]` | optional: what the module NAME (`model.layers.3`, `model.layers.3.mlp.down_proj`) reads and gives |
+//!
+//! and `reference.prompts[I].f32_max_error`: the largest error of a logit of the library that wrote the file, in f32; `f32_max_errors`, by
+//! `NAME.input` and `NAME.output`, the same of modules. `tools/write-reference.py` writes such a file.
 
 use crate::compare::logits::all_logits;
 use crate::judge::ReferenceStep;
+use ir::interp::Tensor;
 use runtime::device::{DeviceError, Program, Step, Want, feed};
 use runtime::interpreter::InterpretedProgram;
 use safetensors::tensor::Dtype;
 use safetensors::{SafeTensorError, SafeTensors};
+use std::collections::BTreeMap;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -42,6 +47,10 @@ pub struct Prompt {
     pub f32_error: f64,
     /// Its greedy continuation.
     pub greedy: Vec<ReferenceStep>,
+    /// What modules read and give, in f64, by `NAME.input` and `NAME.output`; `[T, width]` each.
+    pub modules: BTreeMap<String, Tensor>,
+    /// By the same names, the largest error of an honest f32 program.
+    pub f32_errors: BTreeMap<String, f64>,
 }
 
 /// Why a reference file cannot be used.
@@ -99,7 +108,12 @@ impl Reference {
             let f32_error = of["f32_max_error"].as_f64().ok_or_else(|| {
                 reader.content(format!("prompt {number}: `f32_max_error`"), "nothing", "a number")
             })?;
-            reader.prompt(number, f32_error)
+            let f32_errors = of["f32_max_errors"].as_object().into_iter().flatten();
+            let f32_errors =
+                f32_errors.filter_map(|(name, error)| Some((name.clone(), error.as_f64()?))).collect();
+            let prompt = reader.prompt(number, f32_error)?;
+            let modules = reader.modules(number, prompt.tokens.len())?;
+            Ok(Prompt { modules, f32_errors, ..prompt })
         };
         Ok(Reference { prompts: described.iter().enumerate().map(prompt).collect::<Result<_, _>>()? })
     }
@@ -135,7 +149,8 @@ impl Reference {
             }
             let row = |row: &[f32]| row.iter().map(|&x| f64::from(x)).enumerate().collect();
             let logits = logits.chunks_exact(vocab).map(row).collect();
-            prompts.push(Prompt { tokens, logits, whole: true, f32_error, greedy });
+            let (modules, f32_errors) = Default::default();
+            prompts.push(Prompt { tokens, logits, whole: true, f32_error, greedy, modules, f32_errors });
         }
         Ok(Reference { prompts })
     }
@@ -199,7 +214,28 @@ impl Reader<'_> {
         let steps = best.into_iter().zip(second).zip(margins);
         let greedy = steps.map(|((token, second), margin)| ReferenceStep { token, second, margin }).collect();
         let logits = known.chunks_exact(row).map(<[_]>::to_vec).collect();
-        Ok(Prompt { tokens, logits, whole, f32_error, greedy })
+        let (modules, f32_errors) = Default::default();
+        Ok(Prompt { tokens, logits, whole, f32_error, greedy, modules, f32_errors })
+    }
+
+    /// What modules read and give.
+    fn modules(&self, number: usize, tokens: usize) -> Result<BTreeMap<String, Tensor>, ReferenceError> {
+        let prefix = format!("p{number}.");
+        let mut modules = BTreeMap::new();
+        for name in self.tensors.names() {
+            let Some(module) = name.strip_prefix(&prefix) else { continue };
+            if !module.ends_with(".input") && !module.ends_with(".output") {
+                continue;
+            }
+            let bytes = self.bytes(name, Dtype::F64)?;
+            let shape = self.tensors.tensor(name).map_or(Vec::new(), |tensor| tensor.shape().to_vec());
+            if shape.len() != 2 || shape[0] != tokens {
+                return Err(self.content(name, format!("{shape:?}"), format!("[{tokens}, width]")));
+            }
+            let data = bytes.as_chunks().0.iter().map(|b| f64::from_le_bytes(*b)).collect();
+            modules.insert(module.to_string(), Tensor { dtype: ir::DType::F64, shape, data });
+        }
+        Ok(modules)
     }
 
     /// Token ids of the model.

@@ -111,6 +111,68 @@ pub fn graph(config: &Config, dtype: DType, context: usize, step: &Step) -> Grap
     b.finish()
 }
 
+/// A module of the checkpoint, as transformers divides the model: what it reads and gives, by the names of values in
+/// [`graph`]'s text.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Module {
+    /// Such as `model.layers.3.mlp.down_proj`.
+    pub name: String,
+    /// Value that it reads; `tokens` for the embedding.
+    pub input: String,
+    /// Value that it gives.
+    pub output: String,
+}
+
+/// Every module of a model in the order in which they end: parts before the whole.
+pub fn modules(config: &Config, dtype: DType) -> Vec<Module> {
+    let module = |name: &str, input: &str, output: &str| Module {
+        name: name.to_string(),
+        input: input.to_string(),
+        output: output.to_string(),
+    };
+    let mut modules = vec![module("model.embed_tokens", "tokens", "x")];
+    let mut hidden = "x".to_string();
+    // Norms are f32 inside; only another dtype takes a cast, which bears their name.
+    let norm = |name: &str| match dtype {
+        DType::F32 => format!("{name}.y"),
+        _ => name.to_string(),
+    };
+    for layer in 0..config.n_layers {
+        let biased = |value: &'static str, bias: bool| match bias {
+            true => format!("{value}.biased"),
+            false => value.to_string(),
+        };
+        let (n, m) = (norm("n"), norm("m"));
+        let (n, m) = (n.as_str(), m.as_str());
+        let (of_attention, of_mlp) = (config.attention_bias, config.mlp_bias);
+        let (o, down) = (biased("o", of_attention), biased("down", of_mlp));
+        let parts = [
+            ("input_layernorm", None, n.to_string()),
+            ("self_attn.q_proj", Some(n), biased("q", of_attention)),
+            ("self_attn.k_proj", Some(n), biased("k", of_attention)),
+            ("self_attn.v_proj", Some(n), biased("v", of_attention)),
+            ("self_attn.o_proj", Some("af"), o.clone()),
+            ("self_attn", Some(n), o),
+            ("post_attention_layernorm", Some("x1"), m.to_string()),
+            ("mlp.gate_proj", Some(m), biased("gate", of_mlp)),
+            ("mlp.up_proj", Some(m), biased("up", of_mlp)),
+            ("mlp.down_proj", Some("h"), down.clone()),
+            ("mlp", Some(m), down),
+        ];
+        let at = |value: &str| format!("l{layer}.{value}");
+        for (name, input, output) in parts {
+            let input = input.map_or(hidden.clone(), at);
+            modules.push(module(&format!("model.layers.{layer}.{name}"), &input, &at(&output)));
+        }
+        let after = at("x2");
+        modules.push(module(&format!("model.layers.{layer}"), &hidden, &after));
+        hidden = after;
+    }
+    modules.push(module("model.norm", &hidden, &norm("norm")));
+    modules.push(module("lm_head", &norm("norm"), "logits"));
+    modules
+}
+
 /// Names and dtype of a layer's weights.
 struct Layer<'b> {
     b: &'b mut Builder,

@@ -11,14 +11,17 @@ use super::source::{self, BuildOptions, Ready, dtype};
 use clap::{Args, ValueEnum};
 use ir::DType;
 use ir::interp::Rounding;
+use ir::plan::Give;
+use llamac::compare::layers::{Layers, LayersError};
 use llamac::compare::logits::{Logits, LogitsFault};
 use llamac::compare::ops::{Ops, OpsError};
 use llamac::compare::reproducer::{GraphCase, Reproducer, WeightCase};
-use llamac::compare::{Fault, Seen, weights};
+use llamac::compare::{Fault, Seen, stored, weights};
 use llamac::model::{Model, ModelError};
 use llamac::pipeline::Request;
 use llamac::reference::Reference;
 use llamac::weights::Source;
+use models::llama::modules;
 use models::{Checkpoint, Config};
 use runtime::device::{Device, DeviceError};
 use runtime::interpreter::InterpretedProgram;
@@ -51,9 +54,12 @@ pub struct Options {
     /// Checkpoint that weights and shape should be of [default: MODEL, if it is one]
     #[arg(long, value_name = "MODEL")]
     checkpoint: Option<String>,
-    /// What to judge: logits, or each op on what the program itself fed it
+    /// What to judge: logits, or layers or ops on what the program itself fed them
     #[arg(long, value_enum, default_value_t = Level::Logits)]
     level: Level,
+    /// Judge each module on the inputs in the reference, computed from the artifact's weights
+    #[arg(long, requires = "reference", conflicts_with_all = ["level", "record", "against", "replay", "bisect"])]
+    modules: bool,
     /// Folder for the first fault, which --replay shows again [default: beside an artifact, else here]
     #[arg(long, value_name = "DIR")]
     reproducer: Option<PathBuf>,
@@ -100,6 +106,8 @@ impl Options {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum Level {
+    /// What each layer gives, on what the program itself fed it; with a reference, the hidden states behind layers
+    Layer,
     /// Each launch of each entry point, by the oracle of its group
     Op,
     /// Logits and greedy tokens
@@ -121,6 +129,17 @@ struct Found {
     reproducer: Option<Reproducer>,
 }
 
+impl Found {
+    /// Takes what layers came to.
+    fn take(&mut self, layers: Layers) {
+        self.worst = self.worst.max(layers.worst());
+        let row = |(of, share): &(String, f64)| (of.clone(), format!("{share:.3} of the bound"));
+        self.lines.extend(layers.rows.iter().map(row));
+        self.lines.push(("tensors".to_string(), format!("{} judged", layers.tensors)));
+        self.fault = layers.fault;
+    }
+}
+
 pub fn compare(options: &Options, screen: &Screen) -> Result<(), CliError> {
     let begin = Instant::now();
     if let Some(folder) = &options.replay {
@@ -131,7 +150,9 @@ pub fn compare(options: &Options, screen: &Screen) -> Result<(), CliError> {
     }
     // Asked before a long compilation.
     options.device()?;
-    let launches = options.level == Level::Op || options.record.is_some() || !options.bisect.is_empty();
+    let launches = matches!(options.level, Level::Op | Level::Layer)
+        || options.record.is_some()
+        || !options.bisect.is_empty();
     if options.tokens.is_some() && !launches {
         return Err(CliError::Usage("--tokens: for --level op, --record and --bisect".to_string()));
     }
@@ -176,6 +197,13 @@ pub fn compare(options: &Options, screen: &Screen) -> Result<(), CliError> {
     if found.fault.is_none() {
         match (&trace, options.level) {
             (Some(trace), _) => traces::against(options, trace, &ready, &mut found)?,
+            (None, _) if options.modules => by_modules(&ready, &config, reference.as_ref(), &mut found)?,
+            (None, Level::Layer) => {
+                by_layers(options, &ready, &config, reference.as_ref(), &mut found)?;
+                if found.fault.is_some() {
+                    localise(options, &build, &config, reference.as_ref(), &mut found, screen)?;
+                }
+            }
             (None, Level::Op) => by_ops(options, &ready, &config, reference.as_ref(), &mut found)?,
             (None, Level::Logits) => {
                 by_logits(options, &ready, reference.as_ref(), &mut found)?;
@@ -268,6 +296,51 @@ fn localise(
     Ok(())
 }
 
+/// Judges each layer, on the longest prompt; or the hidden states that a reference has.
+fn by_layers(
+    options: &Options,
+    ready: &Ready,
+    config: &Config,
+    reference: Option<&Reference>,
+    found: &mut Found,
+) -> Result<(), CliError> {
+    let dtype = DType::from_name(&ready.manifest.dtype).expect("an artifact's dtype is one");
+    let target = runtime::cpu::choose(ready.artifact.file(), &ready.manifest)?;
+    let graphs = stored::fused(&ready.artifact, target, &ready.plan).map_err(LayersError::from)?;
+    let mut program = options.device()?.load_tapped(&ready.artifact)?;
+    let mut oracle = InterpretedProgram::load(&ready.artifact, Rounding::Stored)?;
+    let mut layers = Layers::default();
+    match reference {
+        Some(reference) => {
+            let of = (reference, &*modules(config, dtype));
+            layers.judge_reference(&mut *program, &graphs, &mut oracle, of, dtype)?;
+        }
+        None => {
+            let tokens = options.tokens(None, config.vocab_size, ready.manifest.context);
+            layers.judge(&mut *program, &graphs, &mut oracle, &tokens)?;
+        }
+    }
+    found.take(layers);
+    Ok(())
+}
+
+/// Judges each module by a reference's inputs and outputs.
+fn by_modules(
+    ready: &Ready,
+    config: &Config,
+    reference: Option<&Reference>,
+    found: &mut Found,
+) -> Result<(), CliError> {
+    let dtype = DType::from_name(&ready.manifest.dtype).expect("an artifact's dtype is one");
+    let mut oracle = InterpretedProgram::load(&ready.artifact, Rounding::Stored)?;
+    let entry = ready.plan.entries.iter().find(|entry| entry.give == Give::All);
+    let (Some(reference), Some(entry)) = (reference, entry) else { return Ok(()) };
+    let mut layers = Layers::default();
+    layers.judge_modules(&mut oracle, &entry.name, (reference, &modules(config, dtype)), dtype)?;
+    found.take(layers);
+    Ok(())
+}
+
 /// Judges what the program says.
 fn by_logits(
     options: &Options,
@@ -287,8 +360,9 @@ fn by_logits(
             (&interpreted, "the interpreter in f64")
         }
     };
+    let mut exact = InterpretedProgram::load(&ready.artifact, Rounding::Exact)?;
     let mut logits = Logits::default();
-    let judged = logits.judge(&mut *program, &mut honest, reference, dtype)?;
+    let judged = logits.judge(&mut *program, [&mut honest, &mut exact], reference, dtype)?;
     found.near_ties = logits.near_ties;
     found.worst = found.worst.max(logits.share);
     let Logits { share, positions, near_ties, steps, .. } = logits;
@@ -304,7 +378,9 @@ fn by_logits(
             LogitsFault::Position { position, token, found, expected, .. } => {
                 (vec![position, token], found, expected)
             }
-            LogitsFault::Spread { found, bound } => (Vec::new(), found, bound),
+            LogitsFault::Spread { found, bound } | LogitsFault::Weights { found, bound } => {
+                (Vec::new(), found, bound)
+            }
             LogitsFault::Greedy { step, found, token, .. } => {
                 (vec![step], f64::from(found), f64::from(token))
             }

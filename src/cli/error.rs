@@ -22,6 +22,8 @@ use llamac::check::device::LoadError;
 #[cfg(feature = "compiler")]
 use llamac::check::walk::WalkError;
 #[cfg(feature = "compiler")]
+use llamac::compare::layers::LayersError;
+#[cfg(feature = "compiler")]
 use llamac::compare::ops::OpsError;
 #[cfg(feature = "compiler")]
 use llamac::compare::reproducer::ReproducerError;
@@ -103,6 +105,10 @@ pub enum CliError {
     #[cfg(feature = "compiler")]
     #[error(transparent)]
     Table(#[from] TableError),
+    /// Layers cannot be judged.
+    #[cfg(feature = "compiler")]
+    #[error(transparent)]
+    Layers(#[from] LayersError),
     /// Tuning.
     #[cfg(feature = "compiler")]
     #[error(transparent)]
@@ -241,6 +247,12 @@ impl CliError {
                 TableError::Record { .. } => Exit::Model,
             },
             #[cfg(feature = "compiler")]
+            CliError::Layers(error) => match error {
+                LayersError::Device(error) => device(error),
+                LayersError::Stored(error) => stored(error),
+                LayersError::Nothing { .. } => Exit::Model,
+            },
+            #[cfg(feature = "compiler")]
             CliError::Search(error) => match error {
                 SearchError::Table(_) => Exit::Room,
                 SearchError::Start { .. } => Exit::Device,
@@ -351,6 +363,12 @@ impl CliError {
             CliError::Table(
                 TableError::Io { file, .. } | TableError::Record { file, .. } | TableError::Locked { file },
             ) => Facts::default().file(file),
+            #[cfg(feature = "compiler")]
+            CliError::Layers(error) => match error {
+                LayersError::Device(error) => device_facts(error),
+                LayersError::Stored(error) => stored_facts(error),
+                LayersError::Nothing { .. } => Facts::default(),
+            },
             #[cfg(feature = "compiler")]
             CliError::Search(_) => Facts::default(),
             CliError::Device(error) | CliError::Generate(GenerateError::Device(error)) => device_facts(error),

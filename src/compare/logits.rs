@@ -34,6 +34,11 @@ pub enum LogitsFault {
     #[error("rms of the errors of all logits is {found:e}, expected at most {bound:e}")]
     Spread { found: f64, bound: f64 },
     #[error(
+        "the weights are not the reference's: with them the interpreter's logits are off by {found:e} (rms), and rounding \
+         alone by {bound:e}"
+    )]
+    Weights { found: f64, bound: f64 },
+    #[error(
         "prompt {prompt}, greedy step {step}: token {found}, expected {token} (or {second}, {margin:e} below; largest error \
          {largest:e})"
     )]
@@ -45,7 +50,8 @@ pub type Judged = Result<Result<(), LogitsFault>, DeviceError>;
 
 impl Logits {
     /// Judges every prompt of a reference, up to the first fault. In bf16 the bound is known at the end alone: `honest` is
-    /// the interpreter, which rounds what is stored and nothing else.
+    /// the interpreter, which rounds what is stored and nothing else; `exact`, which does not, says how much that is, so that
+    /// other weights than the reference's do not widen the bound.
     ///
     /// # Errors
     ///
@@ -53,11 +59,12 @@ impl Logits {
     pub fn judge(
         &mut self,
         program: &mut dyn Program,
-        honest: &mut dyn Program,
+        [honest, exact]: [&mut dyn Program; 2],
         reference: &Reference,
         dtype: DType,
     ) -> Judged {
         let mut of_honest = Logits::default();
+        let mut rounding = Vec::new();
         for (number, prompt) in reference.prompts.iter().enumerate() {
             let found = all_logits(program, &prompt.tokens, None)?;
             if let Err(fault) = self.prompt(number, prompt, &found, program.vocab(), dtype) {
@@ -65,6 +72,8 @@ impl Logits {
             }
             if dtype != DType::F32 {
                 let found = all_logits(honest, &prompt.tokens, None)?;
+                let unrounded = all_logits(exact, &prompt.tokens, None)?;
+                rounding.extend(found.iter().zip(&unrounded).map(|(a, b)| f64::from(a - b)));
                 if let Err(fault) = of_honest.prompt(number, prompt, &found, honest.vocab(), dtype) {
                     return Ok(Err(fault));
                 }
@@ -73,7 +82,11 @@ impl Logits {
                 return Ok(Err(fault));
             }
         }
-        Ok(if dtype == DType::F32 { Ok(()) } else { self.spread(&of_honest) })
+        if dtype == DType::F32 {
+            return Ok(Ok(()));
+        }
+        let (found, bound) = (rms(of_honest.errors.iter().copied()), judge::weights_bound(rms(rounding)));
+        Ok(if found <= bound { self.spread(&of_honest) } else { Err(LogitsFault::Weights { found, bound }) })
     }
 
     /// Judges the logits of a prompt.

@@ -7,12 +7,16 @@ use ir::DType;
 use ir::interp::Rounding;
 use ir::op::Op;
 use libtest_mimic::Trial;
+use llamac::compare::layers::Layers;
 use llamac::compare::ops::Ops;
+use llamac::compare::stored;
 use llamac::compile;
 use llamac::pipeline::Request;
 use runtime::artifact::Artifact;
 use runtime::cpu::Cpu;
+use runtime::device::Tapped;
 use runtime::interpreter::InterpretedProgram;
+use runtime::manifest::Manifest;
 use safetensors::SafeTensors;
 use safetensors::tensor::{Dtype, TensorView};
 use serde_json::Value;
@@ -39,6 +43,8 @@ pub fn trials() -> Vec<Trial> {
         trial("compare names swapped heads", swapped),
         trial("compare names another rope theta", theta),
         trial("compare names a flipped bit", flipped),
+        trial("compare in bf16 sees other weights", other_weights),
+        trial("compare names a layer", layers),
         trial("compare names an op", ops),
         trial("compare refuses a damaged reference", damaged),
     ]
@@ -79,13 +85,62 @@ impl Model {
 fn passes(place: &Place, model: &Model) -> Checked<()> {
     let (folder, reference) = (model.folder.display(), model.reference.display());
     for dtype in ["f32", "bf16"] {
-        for how in [String::new(), format!("--reference {reference}"), "--level op".to_string()] {
+        let by_modules =
+            [format!("--level layer --reference {MODULES}"), format!("--modules --reference {MODULES}")];
+        let levels = ["", "--level layer", "--level op"].map(str::to_string);
+        for how in levels.into_iter().chain([format!("--reference {reference}")]).chain(by_modules) {
             let said = place.ok(&format!("compare {folder} --dtype {dtype} {how} --json")).json();
             assert_eq!((&said["verdict"], &said["first_fault"]), (&"pass".into(), &Value::Null));
             let worst = said["worst"].as_f64().ok_or("no worst")?;
             assert!(worst > 0.0 && worst < 1.0, "{worst} of the bound");
         }
     }
+    Ok(())
+}
+
+/// A program whose layer 1 does something else than the interpreter's: that layer is wrong on what it was fed, the one
+/// before is right.
+fn layers(place: &Place, model: &Model) -> Checked<()> {
+    let changed =
+        model.with(place, "model.layers.1.mlp.down_proj.weight", |w| w.iter_mut().for_each(|x| *x *= 1.1))?;
+    for dtype in ["f32", "bf16"] {
+        for (folder, name) in [(model.folder.display().to_string(), "right"), (changed.clone(), "wrong")] {
+            place.ok(&format!("compile {folder} --dtype {dtype} --taps -o {name}.llamac"));
+        }
+        let judge = |name: &str| -> Checked<Layers> {
+            let artifact = Artifact::open(&place.path(&format!("{name}.llamac")))?;
+            let manifest: Manifest = artifact.manifest()?;
+            let mut program = Cpu { threads: 1 }.open(&artifact)?;
+            let target = runtime::cpu::choose(artifact.file(), &manifest)?;
+            let graphs = stored::fused(&artifact, target, program.plan())?;
+            let right = Artifact::open(&place.path("right.llamac"))?;
+            let mut oracle = InterpretedProgram::load(&right, Rounding::Stored)?;
+            let mut layers = Layers::default();
+            layers.judge(&mut program, &graphs, &mut oracle, &[1, 5, 7, 2, 3, 9, 4])?;
+            Ok(layers)
+        };
+        let right = judge("right")?;
+        assert!(right.fault.is_none() && right.worst() > 0.0 && right.worst() < 1.0, "{:?}", right.rows);
+        let wrong = judge("wrong")?;
+        let fault = wrong.fault.as_ref().ok_or("the weights were overlooked")?;
+        assert_eq!((fault.layer, fault.op.as_deref()), (Some(1), Some("down")), "{fault}");
+        assert!(fault.kernel.is_some() && fault.index.len() == 2, "{fault}");
+        assert!(wrong.rows.iter().any(|(of, share)| of == "layer 0" && *share < 1.0), "{:?}", wrong.rows);
+    }
+    Ok(())
+}
+
+/// In bf16 the bound is the interpreter's own error: weights that are not the reference's must not widen it.
+fn other_weights(place: &Place, model: &Model) -> Checked<()> {
+    let changed = model
+        .with(place, "model.layers.0.mlp.down_proj.weight", |w| w.iter_mut().for_each(|x| *x *= -1.0))?;
+    let said = place
+        .run(&format!("compare {changed} --dtype bf16 --reference {} --json", model.reference.display()));
+    let fault = names(&said, None, "logits");
+    assert!(
+        fault["what"].as_str().is_some_and(|what| what.contains("weights are not the reference's")),
+        "{fault}"
+    );
     Ok(())
 }
 
@@ -111,8 +166,23 @@ fn again(place: &Place, fault: &Value) -> Checked<()> {
     Ok(())
 }
 
-/// A model that differs from its checkpoint: the reference says that it does, the checkpoint says where.
-fn differs(place: &Place, model: &Model, changed: &str, layer: Option<u64>, op: &str) -> Checked<()> {
+/// What transformers says of each module.
+const MODULES: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/reference/gqa4.safetensors");
+
+/// A model that differs from its checkpoint: the reference says that it does, its modules and the checkpoint say where.
+fn differs(
+    place: &Place,
+    model: &Model,
+    changed: &str,
+    (layer, op): (Option<u64>, &str),
+    (layer_of_module, module): (u64, &str),
+) -> Checked<()> {
+    for dtype in ["f32", "bf16"] {
+        let how = format!("--dtype {dtype} --modules --reference {MODULES}");
+        names(&place.run(&format!("compare {changed} {how} --json")), Some(layer_of_module), module);
+    }
+    let said = place.run(&format!("compare {changed} --level layer --reference {MODULES} --json"));
+    names(&said, Some(layer_of_module), &format!("model.layers.{layer_of_module}"));
     let (folder, reference) = (model.folder.display(), model.reference.display());
     let said = place.run(&format!("compare {changed} --reference {reference} --json"));
     let fault = names(&said, None, "logits");
@@ -130,7 +200,7 @@ fn differs(place: &Place, model: &Model, changed: &str, layer: Option<u64>, op: 
 fn scaled(place: &Place, model: &Model) -> Checked<()> {
     let tensor = "model.layers.1.mlp.up_proj.weight";
     let changed = model.with(place, tensor, |w| w.iter_mut().for_each(|x| *x *= 1.01))?;
-    differs(place, model, &changed, Some(1), "mlp.up_proj")
+    differs(place, model, &changed, (Some(1), "mlp.up_proj"), (1, "mlp.up_proj"))
 }
 
 fn swapped(place: &Place, model: &Model) -> Checked<()> {
@@ -141,7 +211,7 @@ fn swapped(place: &Place, model: &Model) -> Checked<()> {
         let (first, second) = w.split_at_mut(head);
         first.swap_with_slice(&mut second[..head]);
     })?;
-    differs(place, model, &changed, Some(0), "self_attn.q_proj")
+    differs(place, model, &changed, (Some(0), "self_attn.q_proj"), (0, "self_attn.q_proj"))
 }
 
 fn theta(place: &Place, model: &Model) -> Checked<()> {
@@ -151,7 +221,7 @@ fn theta(place: &Place, model: &Model) -> Checked<()> {
         if config["rope_parameters"].is_object() { &mut config["rope_parameters"] } else { &mut config };
     place_of["rope_theta"] = 12345.0.into();
     place.write("changed/config.json", config.to_string());
-    differs(place, model, &changed, None, "freq")
+    differs(place, model, &changed, (None, "freq"), (0, "self_attn"))
 }
 
 fn flipped(place: &Place, model: &Model) -> Checked<()> {
