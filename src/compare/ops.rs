@@ -14,6 +14,7 @@ use ir::dim::MAX_SYMBOLS;
 use ir::families::{GroupView, storage};
 use ir::graph::ValueId;
 use ir::interp::{InterpError, Tensor};
+use ir::kernel::Kernel;
 use ir::op::Op;
 use runtime::device::{DeviceError, Step, Tap, Tapped, Want};
 use runtime::interpreter::InterpretedProgram;
@@ -68,6 +69,10 @@ impl Ops {
     ) -> Result<(), OpsError> {
         if lowered.plan.to_string() != program.plan().to_string() {
             return Err(OpsError::OtherPlan);
+        }
+        self.fault = misplaced(lowered);
+        if self.fault.is_some() {
+            return Ok(());
         }
         for want in [Want::Nothing, Want::Logits, Want::AllLogits] {
             let mut state = program.state()?;
@@ -193,6 +198,40 @@ impl Walk<'_> {
         }
         self.known.insert(root, found);
     }
+}
+
+/// The first launch of the plan that is not its group's: left out, with another kernel, or with no argument for a result.
+fn misplaced(lowered: &Lowered) -> Option<Fault> {
+    let plan = &lowered.plan;
+    for (entry, planned) in lowered.entries.iter().zip(&plan.entries) {
+        let views = GroupView::all(&entry.graph);
+        for at in 0..views.len().max(planned.launches.len()) {
+            let (view, launch) = (views.get(at), planned.launches.get(at));
+            let own = entry.launches.get(at).map(|launch| &lowered.kernels[launch.kernel]);
+            let fault = |found: String, expected: String| {
+                let (layer, op) = view.map(|view| layer_of(view.name())).unzip();
+                let (kernel, schedule) = own.map(|own| (own.name.clone(), own.schedule.clone())).unzip();
+                let (found, expected) = (Seen::Text(found), Seen::Text(expected));
+                let what = format!("launch {at} of @{}", planned.name);
+                let (layer, op) = (layer.flatten(), op.map(str::to_string));
+                Some(Fault { layer, op, kernel, schedule, index: Vec::new(), found, expected, what })
+            };
+            let name =
+                |kernel: Option<&Kernel>| kernel.map_or("none".to_string(), |k| format!("@{}", k.name));
+            let found = name(launch.map(|launch| &lowered.kernels[launch.kernel]));
+            if found != name(own) {
+                return fault(found, name(own));
+            }
+            let args = launch.into_iter().flat_map(|launch| &launch.args);
+            let args: Vec<&str> = args.map(|&arg| &*plan.buffers[arg].name).collect();
+            let results = view.into_iter().flat_map(|view| &view.roots);
+            let mut results = results.map(|&root| stored::buffer_name(&entry.graph, root));
+            if let Some(lost) = results.find(|result| !args.contains(&&**result)) {
+                return fault(format!("arguments {}", args.join(", ")), lost);
+            }
+        }
+    }
+    None
 }
 
 /// Names a wrong result of a group.

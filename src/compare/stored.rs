@@ -90,11 +90,7 @@ pub fn tensor(
     symbols: &[i64; MAX_SYMBOLS],
     tap: Tap<'_>,
 ) -> Result<Tensor, StoredError> {
-    let kept = &graph[storage(graph, root)];
-    let name = match &kept.op {
-        Op::State { name } => name.clone(),
-        _ => format!("{}/{}", tap.entry.name, kept.name),
-    };
+    let name = buffer_name(graph, root);
     let args = &tap.entry.launches[tap.launch].args;
     let buffer = args.iter().find(|&&buffer| plan.buffers[buffer].name == name);
     let tensor = buffer.and_then(|&buffer| memory::stored(graph, root, symbols, &tap.bytes(buffer)));
@@ -103,4 +99,13 @@ pub fn tensor(
         value: graph[root].name.clone(),
         launch: tap.launch,
     })
+}
+
+/// What a plan calls the memory of a value: a cache bears its own name, all else that of the entry point too.
+pub(super) fn buffer_name(graph: &Graph, id: ValueId) -> String {
+    let kept = &graph[storage(graph, id)];
+    match &kept.op {
+        Op::State { name } => name.clone(),
+        _ => format!("{}/{}", graph.name, kept.name),
+    }
 }
