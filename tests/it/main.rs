@@ -4,7 +4,7 @@
 //! * [`lower`]: kernels as LLVM IR, assembly, objects and PTX.
 //! * [`diff`]: the verbs `diff` and `plan --why`.
 //! * [`eval`]: the verb `eval` by the protocol of reference perplexities.
-//! * [`faults`]: faults planted in kernels and plans, and what catches them.
+//! * [`faults`]: faults planted in kernels, weights and plans, and what catches them.
 //! * [`ops`]: every kernel family on the table of shapes and distributions, on every device.
 //! * [`random`]: random graphs, compiled and interpreted.
 //! * [`readme`]: what the README says.
