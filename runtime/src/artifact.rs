@@ -28,7 +28,7 @@ use tempfile::NamedTempFile;
 pub use blake3::Hash as Digest;
 
 use crate::map::{FileBytes, MapError, map_file};
-use crate::whole_file::{self, folder, free_bytes};
+use crate::whole_file::{self, folder, room};
 
 /// First bytes of every artifact. The first is not ASCII and the last is a newline, so that text tools show at once.
 pub const MAGIC: [u8; 8] = *b"\x89llamac\n";
@@ -95,7 +95,7 @@ pub enum ArtifactError {
     #[error("{file}: section `{name}` was not ended")]
     Unended { file: PathBuf, name: String },
     /// No room for the file.
-    #[error("{file}: disk full: the file needs {needed} bytes, there is room for {available}")]
+    #[error("{file}: no room: the file needs {needed} bytes, there is room for {available}")]
     DiskFull { file: PathBuf, needed: u64, available: u64 },
     /// The system refuses; `source` says why.
     #[error("{file}: cannot be written")]
@@ -423,7 +423,7 @@ impl ArtifactWriter {
         let cannot = |source| ArtifactError::Write { file: file.into(), source };
         // First, so that a place that takes no files is not called full.
         let out = whole_file::beside(file).map_err(cannot)?;
-        let available = free_bytes(folder(file)).map_err(cannot)?;
+        let available = room(folder(file), 0).map_err(cannot)?;
         if let Some(needed) = expected_bytes.filter(|&needed| needed > available) {
             return Err(ArtifactError::DiskFull { file: file.into(), needed, available });
         }
@@ -538,7 +538,7 @@ impl ArtifactWriter {
         let needed = (self.position + bytes as u64).max(self.expected_bytes.unwrap_or(0));
         // What the temporary file holds comes back when it goes.
         let held = self.out.get_ref().as_file().metadata().map_or(0, |metadata| metadata.len());
-        let available = held + free_bytes(folder(&file)).unwrap_or(0);
+        let available = room(folder(&file), held).unwrap_or(held);
         ArtifactError::DiskFull { file, needed, available }
     }
 }

@@ -1,10 +1,14 @@
 //! Files and folders that are whole or not there: written beside their place and renamed.
+//!
+//! A file that is larger than the system lets this process write (`ulimit -f`) is refused as one on a full disk is.
 
 use std::fs;
 use std::io;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
+use std::sync::Once;
 
+use rustix::process::{Resource, getrlimit};
 use tempfile::NamedTempFile;
 
 /// Why a file is not there.
@@ -12,7 +16,7 @@ use tempfile::NamedTempFile;
 #[expect(missing_docs, reason = "the messages say what the fields are")]
 pub enum WriteError {
     /// No room for the file.
-    #[error("{file}: disk full: the file needs {needed} bytes, there is room for {available}")]
+    #[error("{file}: no room: the file needs {needed} bytes, there is room for {available}")]
     DiskFull { file: PathBuf, needed: u64, available: u64 },
     /// The system refuses; `source` says why.
     #[error("{file}: cannot be written")]
@@ -33,7 +37,7 @@ pub fn write(file: &Path, needed: u64, fill: impl FnOnce(&Path) -> io::Result<()
         }
         // What the temporary file holds comes back when it goes.
         drop(temporary);
-        let available = free_bytes(folder(file)).map_err(cannot)?;
+        let available = room(folder(file), 0).map_err(cannot)?;
         return Err(WriteError::DiskFull { file: file.into(), needed, available });
     }
     temporary.persist(file).map_err(|error| cannot(error.error))?;
@@ -63,7 +67,7 @@ pub fn write_folder(
             return Err(cannot(source));
         }
         drop(temporary);
-        let available = free_bytes(folder(place)).map_err(cannot)?;
+        let available = room(folder(place), 0).map_err(cannot)?;
         return Err(WriteError::DiskFull { file: place.into(), needed, available });
     }
     fs::rename(temporary.path(), place).map_err(cannot)?;
@@ -80,13 +84,25 @@ pub(crate) fn beside(file: &Path) -> io::Result<NamedTempFile> {
         .tempfile_in(folder(file))
 }
 
+/// A name beside others, for what is not whole yet.
 fn named<'b, 'n>(builder: &'b mut tempfile::Builder<'n, 'n>) -> &'b mut tempfile::Builder<'n, 'n> {
+    survive_size_limit();
     builder.prefix(".llamac-").suffix(".tmp")
+}
+
+/// Has writes beyond the limit of a file's size fail. Else a signal ends the program there, and temporary files stay.
+fn survive_size_limit() {
+    static ONCE: Once = Once::new();
+    ONCE.call_once(|| {
+        // SAFETY: the signal is ignored and has no handler, so no code of ours ever runs inside of it.
+        unsafe { libc::signal(libc::SIGXFSZ, libc::SIG_IGN) };
+    });
 }
 
 /// Is there no room, as far as the system says?
 pub(crate) fn is_full(error: &io::Error) -> bool {
-    matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
+    use io::ErrorKind::{FileTooLarge, QuotaExceeded, StorageFull};
+    matches!(error.kind(), StorageFull | QuotaExceeded | FileTooLarge)
 }
 
 /// Where `file` is.
@@ -97,10 +113,12 @@ pub(crate) fn folder(file: &Path) -> &Path {
     }
 }
 
-/// Bytes that this user may still write in `folder`'s file system.
-pub(crate) fn free_bytes(folder: &Path) -> io::Result<u64> {
+/// Bytes that a file in `folder` may have: `held`, which it has, and what this user may still write in that file system,
+/// up to the limit of a file's size.
+pub(crate) fn room(folder: &Path, held: u64) -> io::Result<u64> {
     let stat = rustix::fs::statvfs(folder)?;
-    Ok(stat.f_bavail.saturating_mul(stat.f_frsize))
+    let free = stat.f_bavail.saturating_mul(stat.f_frsize).saturating_add(held);
+    Ok(free.min(getrlimit(Resource::Fsize).current.unwrap_or(u64::MAX)))
 }
 
 #[cfg(test)]

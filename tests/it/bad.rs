@@ -16,7 +16,7 @@ use std::path::Path;
 use std::process::Command;
 
 pub fn trials() -> Vec<Trial> {
-    let tests: [(&str, fn()); 11] = [
+    let tests: [(&str, fn()); 12] = [
         ("usage", usage),
         ("safetensors", safetensors),
         ("gguf", gguf),
@@ -27,6 +27,7 @@ pub fn trials() -> Vec<Trial> {
         ("context", context),
         ("memory", memory),
         ("full disk", full_disk),
+        ("size limit", size_limit),
         ("places that cannot be written", unwritable),
     ];
     let trial = |(name, test): (&str, fn())| {
@@ -513,20 +514,39 @@ fn full_disk() {
     };
     let tokens = vec!["5"; 60].join(",");
     let refused = |arguments: &str, file| {
-        let says = "disk full: the file needs ";
+        let says = "no room: the file needs ";
         refused(&place, arguments, &Refusal { exit: 6, says, facts: [file, "", ""] });
     };
     // Weights are refused beforehand, logits when the disk is full; the cache as any other place.
     refused("compile builtin -o small/a.llamac", "small/a.llamac");
     refused(&format!("logits right.llamac --tokens {tokens} -o small/l.safetensors"), "small/l.safetensors");
     let said = Said::of(place.command("run builtin -p x").env("XDG_CACHE_HOME", &folder));
-    check_text(&said, &Refusal { exit: 6, says: "disk full: the file needs ", facts: ["", "", ""] });
+    check_text(&said, &Refusal { exit: 6, says: "no room: the file needs ", facts: ["", "", ""] });
     // Little enough that neither code nor the first text fits.
     drop(small);
     let _small = Small::mount(&folder, 64 << 10).expect("as before");
     refused("compile builtin -o small/a.llamac --no-weights", "small/a.llamac");
     refused("compile builtin -o a.llamac --keep small", "small/cpu-native/graph.ir");
     assert_eq!(place.files(), ["right.llamac"]);
+}
+
+fn size_limit() {
+    let place = Place::new();
+    let memory = place.ok("plan builtin --bandwidth 10GB --flops 100GB --json").json()["memory"].clone();
+    let weights = memory["weights"].as_u64().expect("a number of bytes");
+    // Limits that the weights alone pass, and that what is written before them does. `sh` counts by 512 bytes.
+    for blocks in [weights / 512 / 2, weights / 512 + 1] {
+        let limited = format!(
+            "ulimit -f {blocks} && exec {} compile builtin -o a.llamac",
+            env!("CARGO_BIN_EXE_llamac")
+        );
+        let said = Said::of(&mut place.program(Path::new("sh"), &["-c", &limited]));
+        check_text(
+            &said,
+            &Refusal { exit: 6, says: "a.llamac: no room: the file needs ", facts: ["", "", ""] },
+        );
+        assert_eq!(place.files(), [""; 0]);
+    }
 }
 
 fn unwritable() {
