@@ -279,19 +279,28 @@ impl Graph {
         let Some(sym) = graph.symbols.find(symbol) else { return graph };
         graph.symbols.0[sym.0 as usize].min = min;
         graph.symbols.0[sym.0 as usize].max = max;
-        if min == max {
-            let fix = |dim: &mut Dim| {
-                dim.base += i64::from(dim.coef[sym.0 as usize]) * min;
-                dim.coef[sym.0 as usize] = 0;
+        graph.fix_symbols();
+        graph
+    }
+
+    /// Makes every use of a symbol that has one value constant; gives the number of uses.
+    pub fn fix_symbols(&mut self) -> usize {
+        let mut fixed = 0;
+        for (number, symbol) in
+            self.symbols.0.iter().enumerate().filter(|(_, symbol)| symbol.min == symbol.max)
+        {
+            let mut fix = |dim: &mut Dim| {
+                dim.base += i64::from(dim.coef[number]) * symbol.min;
+                fixed += usize::from(std::mem::take(&mut dim.coef[number]) != 0);
             };
-            for value in &mut graph.values {
-                value.ty.shape.iter_mut().for_each(fix);
+            for value in &mut self.values {
+                value.ty.shape.iter_mut().for_each(&mut fix);
                 if let Op::Slice { start, .. } = &mut value.op {
                     fix(start);
                 }
             }
         }
-        graph
+        fixed
     }
 }
 

@@ -1,4 +1,4 @@
-//! Computes what is known, drops what changes no bit, shares what is computed twice, removes what nobody reads.
+//! Computes what is known, symbols of one value too, drops what changes no bit, shares what is computed twice, removes what nobody reads.
 //!
 //! * Takes: a verified graph that is not fused yet; one with groups or packs is left as it is. Gives: a verified
 //!   graph with the same outputs to the bit, for -0, infinities and NaN too (one NaN is as good as another).
@@ -22,12 +22,12 @@ use std::rc::Rc;
 /// Elements of the largest constant that is folded or made; one number for all elements counts as one.
 const MAX_FOLDED_ELEMS: i64 = 1024;
 
-/// Simplifies until nothing changes; gives the number of values rewritten or removed.
+/// Simplifies until nothing changes; gives the number of values rewritten or removed, and of symbols made constant.
 pub fn simplify(graph: &mut Graph) -> usize {
     if !graph.groups.is_empty() || !graph.packs.is_empty() {
         return 0;
     }
-    let mut changes = 0;
+    let mut changes = graph.fix_symbols();
     loop {
         let changed = rewrite_all(graph) + remove_dead(graph);
         changes += changed;
