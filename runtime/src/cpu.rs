@@ -12,7 +12,7 @@ use crate::device::{Device, DeviceError, Memory, Program, State, Step, StepOutpu
 use crate::manifest::{Manifest, TargetCode, WEIGHTS};
 use crate::map::{FileBytes, OwnedBuf};
 use ir::dim::MAX_SYMBOLS;
-use ir::plan::{Entry, Give, Place, Plan};
+use ir::plan::{Entry, Place, Plan};
 use std::borrow::Cow;
 use std::collections::HashMap;
 use std::ops::Range;
@@ -173,18 +173,14 @@ impl CpuProgram {
         step: &Step<'_>,
         state: &mut State,
     ) -> Result<(usize, [i64; MAX_SYMBOLS]), DeviceError> {
-        step.check(self, state)?;
+        let (number, symbols) = step.entry(self, &self.plan, state)?;
         let (tokens, past) = (step.tokens, state.past());
-        let number = self.plan.entry_number(tokens.len(), give(step.want));
-        let number = number.expect("a step no longer than max_tokens has an entry point");
         if state.inner_mut::<OwnedBuf>()?.len() != self.state_bytes {
             return Err(DeviceError::ForeignState); // Another program's: invariant 2 would not hold.
         }
         let inputs = [self.plan.entries[number].tokens, self.plan.entries[number].positions];
         self.write_input(inputs[0], tokens.iter().copied());
         self.write_input(inputs[1], (past..past + tokens.len()).map(|p| p as i32));
-        let mut symbols = [0; MAX_SYMBOLS];
-        (symbols[0], symbols[1]) = (tokens.len() as i64, past as i64);
         Ok((number, symbols))
     }
 
@@ -253,7 +249,7 @@ impl Program for CpuProgram {
     }
 
     fn max_tokens(&self, want: Want) -> usize {
-        self.plan.max_tokens(give(want))
+        self.plan.max_tokens(want.give())
     }
 
     fn state(&self) -> Result<State, DeviceError> {
@@ -319,15 +315,6 @@ impl Memory for CpuMemory<'_> {
             Place::Input => (&program.inputs, program.offsets[&buffer]),
         };
         Cow::Borrowed(&memory[at..at + bytes])
-    }
-}
-
-/// What the plan calls a want.
-pub fn give(want: Want) -> Give {
-    match want {
-        Want::Nothing => Give::Nothing,
-        Want::Token | Want::Logits => Give::Last,
-        Want::AllLogits => Give::All,
     }
 }
 

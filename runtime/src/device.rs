@@ -7,10 +7,10 @@ use std::borrow::Cow;
 use std::fmt;
 use std::ops::Range;
 
-use ir::plan::{Entry, Plan};
-
 use crate::artifact::{Artifact, ArtifactError};
 use crate::map::MapError;
+use ir::dim::MAX_SYMBOLS;
+use ir::plan::{Entry, Give, Plan};
 
 /// Runs artifacts.
 pub trait Device {
@@ -130,6 +130,17 @@ pub enum Want {
     AllLogits,
 }
 
+impl Want {
+    /// What the plan calls it.
+    pub fn give(self) -> Give {
+        match self {
+            Want::Nothing => Give::Nothing,
+            Want::Token | Want::Logits => Give::Last,
+            Want::AllLogits => Give::All,
+        }
+    }
+}
+
 /// Tokens to run through the model, one position after the other.
 #[derive(Clone, Copy, Debug)]
 pub struct Step<'a> {
@@ -152,6 +163,25 @@ impl Step<'_> {
             return Err(DeviceError::StepTooLong { tokens: tokens.len(), want, max });
         }
         check_tokens(program, tokens, state)
+    }
+
+    /// Checks the step, and finds the entry point for it: its number in the plan, and the values of its symbols.
+    ///
+    /// # Errors
+    ///
+    /// As [`Step::check`].
+    pub(crate) fn entry(
+        &self,
+        program: &impl Program,
+        plan: &Plan,
+        state: &State,
+    ) -> Result<(usize, [i64; MAX_SYMBOLS]), DeviceError> {
+        self.check(program, state)?;
+        let number = plan.entry_number(self.tokens.len(), self.want.give());
+        let number = number.expect("a step no longer than max_tokens has an entry point");
+        let mut symbols = [0; MAX_SYMBOLS];
+        (symbols[0], symbols[1]) = (self.tokens.len() as i64, state.past() as i64);
+        Ok((number, symbols))
     }
 }
 

@@ -9,7 +9,7 @@
 //! It is slow: some 100 million multiplications a second, and 8 bytes of memory for each weight.
 
 use crate::artifact::Artifact;
-use crate::cpu::{give, read_plan, weights_of};
+use crate::cpu::{read_plan, weights_of};
 use crate::device::{Device, DeviceError, Program, State, Step, StepOutputs, Want};
 use crate::manifest::{GRAPH, Manifest};
 use crate::map::FileBytes;
@@ -113,10 +113,9 @@ impl InterpretedProgram {
         state: &mut State,
         seen: &mut dyn FnMut(&str, &Tensor),
     ) -> Result<StepOutputs, DeviceError> {
-        step.check(self, state)?;
+        let (number, symbols) = step.entry(self, &self.plan, state)?;
         let (tokens, past) = (step.tokens, state.past());
-        let number = self.plan.entry_number(tokens.len(), give(step.want));
-        let name = &self.plan.entries[number.expect("a step no longer than max_tokens has an entry")].name;
+        let name = &self.plan.entries[number].name;
         let graph = self.graphs[name].clone();
         self.decode(&graph)?;
 
@@ -136,8 +135,6 @@ impl InterpretedProgram {
                 tensor.cloned().ok_or_else(|| InterpError::Unbound(name.to_string()))
             }
         };
-        let mut symbols = [0; MAX_SYMBOLS];
-        (symbols[0], symbols[1]) = (tokens.len() as i64, past as i64);
         let mut seen = |id, tensor: &Tensor| seen(&graph[id].name, tensor);
         let result = interpret(&graph, &symbols, self.rounding, &mut bind, Some(&mut seen));
         // What was there stays, where the step did not replace it.
@@ -324,7 +321,7 @@ impl Program for InterpretedProgram {
     }
 
     fn max_tokens(&self, want: Want) -> usize {
-        self.plan.max_tokens(give(want))
+        self.plan.max_tokens(want.give())
     }
 
     fn state(&self) -> Result<State, DeviceError> {

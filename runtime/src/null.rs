@@ -10,7 +10,7 @@
 //! position reads and writes.
 
 use crate::artifact::Artifact;
-use crate::cpu::{give, read_plan, weights_of};
+use crate::cpu::{read_plan, weights_of};
 use crate::device::{Device, DeviceError, Program, State, Step, StepOutputs, Want};
 use crate::manifest::Manifest;
 use ir::plan::{Entry, Give, Place, Plan};
@@ -131,7 +131,7 @@ impl Program for NullProgram {
     }
 
     fn max_tokens(&self, want: Want) -> usize {
-        self.plan.max_tokens(give(want))
+        self.plan.max_tokens(want.give())
     }
 
     fn state(&self) -> Result<State, DeviceError> {
@@ -139,11 +139,10 @@ impl Program for NullProgram {
     }
 
     fn run(&mut self, step: &Step<'_>, state: &mut State) -> Result<StepOutputs, DeviceError> {
-        step.check(self, state)?;
+        let (number, _) = step.entry(self, &self.plan, state)?;
         state.inner_mut::<Nothing>()?;
         let (tokens, past) = (step.tokens.len(), state.past());
-        let number = self.plan.entry_number(tokens, give(step.want));
-        let entry = &self.plan.entries[number.expect("a step no longer than max_tokens has an entry")];
+        let entry = &self.plan.entries[number];
         self.check_step(entry, tokens, past).map_err(|said| self.bad(said))?;
         state.advance(tokens);
         let rows = match step.want {

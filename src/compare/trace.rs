@@ -37,7 +37,6 @@ use ir::interp::Tensor;
 use ir::op::Op;
 use ir::plan::{Give, Plan, PlanKernel};
 use ir::random::Rng;
-use runtime::cpu::give;
 use runtime::device::{DeviceError, Program, Step, Tap, Tapped, Want};
 use runtime::manifest::{Manifest, TargetCode};
 use std::collections::BTreeSet;
@@ -212,7 +211,7 @@ impl Trace {
             let (tokens, past) = (step.tokens.len(), state.past());
             let mut symbols = [0; MAX_SYMBOLS];
             (symbols[0], symbols[1]) = (tokens as i64, past as i64);
-            let number = plan.entry_number(tokens, give(step.want));
+            let number = plan.entry_number(tokens, step.want.give());
             let number = number.expect("a step no longer than max_tokens has an entry point");
             let (graph, entry) = (&graphs[number], &plan.entries[number]);
             let views = GroupView::all(graph);
