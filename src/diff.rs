@@ -4,7 +4,6 @@
 //! (`q.1`) are left out. Steps are a decode step with the cache half full, a chunk's prefill, and of the other entry points,
 //! at their largest, those kernels that no step before has.
 
-use crate::pipeline::CHUNK;
 use crate::predict::{self, Ceilings, KernelCost, Step};
 use ir::families;
 use ir::plan::Plan;
@@ -89,8 +88,7 @@ fn numeric_class(cost: &KernelCost) -> (&'static str, String) {
 type Key = (String, String, usize);
 
 fn costs(plan: &Plan, ceilings: Ceilings) -> Vec<(Key, KernelCost)> {
-    let mut steps: Vec<Step<'_>> = predict::decode(plan, plan.context / 2).into_iter().collect();
-    steps.extend(predict::prompt(plan, CHUNK.min(plan.context)));
+    let mut steps = predict::decode_and_prompt(plan);
     let told = steps.len();
     let at_largest =
         plan.entries.iter().map(|entry| Step { entry, tokens: entry.max()[0] as usize, past: 0 });

@@ -59,6 +59,18 @@ pub fn prompt(plan: &Plan, tokens: usize) -> Vec<Step<'_>> {
     steps
 }
 
+/// What a plan is told by: a decode step with the cache half full, and the longest prompt that is one step. A prompt of one
+/// token is a decode step, which then stands for both.
+pub fn decode_and_prompt(plan: &Plan) -> Vec<Step<'_>> {
+    let mut steps: Vec<Step<'_>> = decode(plan, plan.context / 2).into_iter().collect();
+    for step in prompt(plan, plan.max_tokens(Give::Last)) {
+        if steps.iter().all(|known| known.entry.name != step.entry.name) {
+            steps.push(step);
+        }
+    }
+    steps
+}
+
 /// Work of a step.
 pub fn step_cost(plan: &Plan, step: &Step<'_>) -> Cost {
     let mut sum = Cost::default();

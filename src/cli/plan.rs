@@ -12,10 +12,10 @@ use ir::families::{self, GroupView};
 use ir::graph::ValueId;
 use ir::op::Op;
 use ir::passes::fuse::is_view;
-use ir::plan::Plan;
+use ir::plan::{Give, Plan};
 use llamac::compile::{Code, CompileError, lower};
 use llamac::model::{Model, name_of};
-use llamac::pipeline::{CHUNK, Request};
+use llamac::pipeline::Request;
 use llamac::predict::{self, Ceilings, KernelCost};
 use llamac::tune::table::Choices;
 use runtime::manifest::Manifest;
@@ -301,7 +301,7 @@ pub struct Predicted {
 impl Predicted {
     /// Predicts both speeds.
     pub fn new(plan: &Plan, samples: &Samples) -> Predicted {
-        let prompt_tokens = CHUNK.min(plan.context);
+        let prompt_tokens = plan.max_tokens(Give::Last);
         let (best, least) =
             (speeds(plan, samples.best(), prompt_tokens), speeds(plan, samples.least(), prompt_tokens));
         let Speeds { prefill_tokens_per_s, decode_tokens_per_s } = best;
@@ -327,10 +327,9 @@ fn speeds(plan: &Plan, ceilings: Ceilings, prompt_tokens: usize) -> Speeds {
     }
 }
 
-/// Kernels of a decode step with the cache half full and of a chunk's prefill, in order.
+/// Kernels of a decode step with the cache half full and of the longest prompt's step, in order.
 fn rows(plan: &Plan, ceilings: Ceilings) -> Vec<KernelCost> {
-    let prompt = predict::prompt(plan, CHUNK.min(plan.context));
-    predict::kernels(plan, predict::decode(plan, plan.context / 2).into_iter().chain(prompt), ceilings)
+    predict::kernels(plan, predict::decode_and_prompt(plan), ceilings)
 }
 
 fn kernels_table(rows: &[KernelCost]) -> String {

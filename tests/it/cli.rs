@@ -120,6 +120,11 @@ fn json_fields() {
         }
     }
     let of = |arguments: &str| place.ok(&format!("{arguments} --json")).json();
+    // A prompt of one token is a decode step: the table has each launch once.
+    let one = of("plan builtin --bandwidth 10GB --flops 100GB --ctx 1");
+    let kernels = one["kernels"].as_array().expect("a list");
+    let launches: u64 = kernels.iter().filter_map(|kernel| kernel["launches"].as_u64()).sum();
+    assert_eq!(Some(launches), one["launches"].as_u64());
     let memory = of("plan builtin")["memory"].clone();
     let part = |name: &str| memory[name].as_u64().expect("bytes");
     assert_eq!(part("weights") + part("kv_cache") + part("workspace"), part("total"));
