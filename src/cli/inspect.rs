@@ -183,6 +183,7 @@ fn inspect_artifact(
             "dtype": manifest.dtype,
             "context": manifest.context,
             "weights": manifest.weights,
+            "taps": manifest.taps,
             "compiler": manifest.compiler,
             "llvm": manifest.llvm,
             "digest": artifact.digest().to_hex().as_str(),
@@ -212,6 +213,10 @@ fn inspect_artifact(
         (
             "weights",
             if manifest.weights { "in it".to_string() } else { "none: code and plan alone".to_string() },
+        ),
+        (
+            "taps",
+            if manifest.taps { "yes: profile and compare --level op can run it" } else { "none" }.to_string(),
         ),
         ("digest", artifact.digest().to_hex().to_string()),
         ("digests", digests.to_string()),

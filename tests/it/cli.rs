@@ -105,7 +105,7 @@ fn json_fields() {
         ("compile builtin -o b.llamac --ctx 64", &[("/artifact", text), ("/bytes", number), ("/seconds/fuse", number), ("/seconds/codegen", number), ("/seconds/weights", number),
             ("/seconds/total", number), ("/peak_rss_bytes", number)]),
         ("inspect a.llamac", &[("/config", Value::is_object), ("/parameters", number), ("/targets/0/name", text), ("/targets/0/entries/0/name", text), ("/targets/0/kernels/0/source", text),
-            ("/digest", text), ("/sections/0/digest", text)]),
+            ("/digest", text), ("/sections/0/digest", text), ("/taps", Value::is_boolean)]),
     ];
     for (arguments, fields) in cases {
         let said = place.run(&format!("{arguments} --json"));
