@@ -21,7 +21,6 @@ use ir::interp::{Rounding, Tensor};
 use ir::op::Op;
 use ir::plan::{Plan, PlanKernel};
 use models::llama::Module;
-use runtime::cpu::give;
 use runtime::device::{DeviceError, Program, State, Step, Tap, Tapped, Want};
 use runtime::interpreter::InterpretedProgram;
 use std::collections::BTreeMap;
@@ -345,7 +344,7 @@ fn run(
     state: &mut State,
 ) -> Result<(usize, Vec<StoredValue>), LayersError> {
     let plan = program.plan().clone();
-    let number = plan.entry_number(step.tokens.len(), give(step.want));
+    let number = plan.entry_number(step.tokens.len(), step.want.give());
     let number = number.expect("a step no longer than max_tokens has an entry point");
     let (graph, symbols) = (&graphs[number], symbols(step.tokens.len(), state.past()));
     let views = GroupView::all(graph);

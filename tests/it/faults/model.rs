@@ -140,7 +140,8 @@ impl Model {
     /// Judges what a program says, by the interpreter in f64.
     pub fn logits(&self, program: &mut dyn Program) -> Checked<Result<(), LogitsFault>> {
         let mut honest = self.weights()?;
-        Ok(Logits::default().judge(program, &mut honest, &self.reference, self.dtype)?)
+        let mut exact = InterpretedProgram::load(&self.artifact, Rounding::Exact)?;
+        Ok(Logits::default().judge(program, [&mut honest, &mut exact], &self.reference, self.dtype)?)
     }
 }
 
