@@ -298,7 +298,7 @@ fn segment_rows(
         stored.iter().filter(|s| segment.contains(&s.group) && leaves(s.id)).collect();
     let names: Vec<&str> = out.iter().map(|s| graph[s.id].name.as_str()).collect();
     let exact = oracle.part(&graph.name, symbols, Rounding::Exact, given, &names)?;
-    let honest = oracle.part(&graph.name, symbols, Rounding::Stored, given, &names)?;
+    let honest = oracle.part(&graph.name, symbols, Rounding::Summed, given, &names)?;
     for ((s, exact), honest) in out.iter().zip(&exact).zip(&honest) {
         let rows = [&s.tensor, exact, honest].map(|tensor| flat(tensor));
         let (value, kernel) = (&graph[s.id].name, kernels[s.group].clone());
