@@ -327,7 +327,7 @@ impl Ctx<'_> {
             groups.sort_unstable();
             groups.dedup();
             let elementwise = |g: &GroupId| self.graph.groups[g.0 as usize].family == Family::Elementwise;
-            if groups.len() < 2 || !groups.iter().all(elementwise) {
+            if groups.len() < 2 || !groups.iter().all(elementwise) || !self.read_no_others(&groups, id) {
                 continue;
             }
             let Some(own) = self.group(id) else { continue };
@@ -346,10 +346,14 @@ impl Ctx<'_> {
         let users = &self.users[id.0 as usize];
         self.group(id).is_some_and(elementwise)
             && users.len() > 1
-            && users.iter().all(|&u| {
-                self.graph[u].ty.shape == self.graph[id].ty.shape
-                    && self.graph[u].operands.iter().all(|&o| o == id || is_bound(&self.graph[o].op))
-            })
+            && users.iter().all(|&u| self.graph[u].ty.shape == self.graph[id].ty.shape)
+    }
+
+    /// Do the groups read only `id`, each other, and what is bound? What else they read may depend on one of them.
+    fn read_no_others(&self, groups: &[GroupId], id: ValueId) -> bool {
+        let inside = |id: ValueId| self.group(id).is_some_and(|group| groups.contains(&group));
+        let fits = |&o: &ValueId| o == id || inside(o) || is_bound(&self.graph[o].op);
+        self.graph.ids().filter(|&member| inside(member)).all(|m| self.graph[m].operands.iter().all(fits))
     }
 
     fn drop_empty(&mut self) {
