@@ -36,7 +36,13 @@ pub fn bf16_bound(interpreter_rms: f64) -> f64 {
 /// * A weight is rounded once and each operand that meets it at least once, by the same unit: weights add at most as much
 ///   again, and errors of random sign add as squares. 1.5 is [`bf16_bound`]'s.
 pub fn weights_bound(rounding_rms: f64) -> f64 {
-    bf16_bound(std::f64::consts::SQRT_2 * rounding_rms)
+    bf16_bound(weights_error(rounding_rms))
+}
+
+/// What rounding each stored value and each weight makes of a result together, from what rounding the values alone does:
+/// see [`weights_bound`].
+pub fn weights_error(rounding_rms: f64) -> f64 {
+    std::f64::consts::SQRT_2 * rounding_rms
 }
 
 /// How near a tensor of a model came to the truth, row by row of its first axis: the share of its bound that was used, at

@@ -9,7 +9,6 @@
 //! | `pI.top_tokens`, `pI.top_logits` | i32, f64 `[T, K]` | instead: the K largest alone |
 //! | `pI.greedy`, `pI.greedy_second` | i32 `[N]` | the best and second best token of each greedy step |
 //! | `pI.greedy_margin` | f64 `[N]` | by how much the best is better |
-//!
 //! | `pI.NAME.input`, `pI.NAME.output` | f64 `[T, W]` | optional: what the module NAME (`model.layers.3`, `model.layers.3.mlp.down_proj`) reads and gives |
 //!
 //! and `reference.prompts[I].f32_max_error`: the largest error of a logit of the library that wrote the file, in f32; `f32_max_errors`, by

@@ -313,7 +313,9 @@ fn by_layers(
     match reference {
         Some(reference) => {
             let of = (reference, &*modules(config, dtype));
-            layers.judge_reference(&mut *program, &graphs, &mut oracle, of, dtype)?;
+            let mut exact = InterpretedProgram::load(&ready.artifact, Rounding::Exact)?;
+            let oracles = [&mut oracle, &mut exact];
+            layers.judge_reference(&mut *program, &graphs, oracles, of, dtype)?;
         }
         None => {
             let tokens = options.tokens(None, config.vocab_size, ready.manifest.context);

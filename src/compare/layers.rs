@@ -150,7 +150,9 @@ impl Layers {
         Ok(())
     }
 
-    /// Judges hidden states by a reference's. In bf16 the honest error is that of the interpreter, which runs the prompts too.
+    /// Judges hidden states by a reference's. In bf16 the honest error is that of the interpreter, which runs the prompts too;
+    /// `exact`, which rounds nothing, says how much of it is rounding, so that other weights than the reference's do not widen
+    /// the bound.
     ///
     /// # Errors
     ///
@@ -159,28 +161,31 @@ impl Layers {
         &mut self,
         program: &mut dyn Tapped,
         graphs: &[Graph],
-        oracle: &mut InterpretedProgram,
+        [oracle, exact]: [&mut InterpretedProgram; 2],
         (reference, modules): (&Reference, &[Module]),
         dtype: DType,
     ) -> Result<(), LayersError> {
-        // By module, all prompts one behind the other: found, truth, honest.
-        let mut all: BTreeMap<usize, [Tensor; 3]> = BTreeMap::new();
+        // By module, all prompts one behind the other: found, truth, honest, exact.
+        let mut all: BTreeMap<usize, [Tensor; 4]> = BTreeMap::new();
         for prompt in &reference.prompts {
             let found = hidden(program, graphs, &prompt.tokens)?;
-            let honest = if dtype == DType::F32 { Named::new() } else { seen(oracle, &prompt.tokens)? };
+            let [honest, exact] = match dtype {
+                DType::F32 => [Named::new(), Named::new()],
+                _ => [seen(oracle, &prompt.tokens)?, seen(exact, &prompt.tokens)?],
+            };
             for (number, module) in modules.iter().enumerate() {
                 let truth = prompt.modules.get(&format!("{}.output", module.name));
                 let (Some(truth), Some(found)) = (truth, found.get(&module.output)) else { continue };
                 let found = flat(found);
-                match honest.get(&module.output) {
+                match honest.get(&module.output).zip(exact.get(&module.output)) {
                     None => {
                         let honest_error = prompt.f32_errors.get(&format!("{}.output", module.name));
                         let judged =
                             judge::model_tensor(&found, truth, honest_error.copied().unwrap_or(0.0), dtype);
                         self.keep(&module.name, judged, |mismatch| of_module(module, mismatch));
                     }
-                    Some(honest) => {
-                        let rows = [found, truth.clone(), flat(honest)];
+                    Some((honest, exact)) => {
+                        let rows = [found, truth.clone(), flat(honest), flat(exact)];
                         match all.get_mut(&number) {
                             Some(before) => before.iter_mut().zip(rows).for_each(|(a, b)| append(a, b)),
                             None => drop(all.insert(number, rows)),
@@ -189,10 +194,21 @@ impl Layers {
                 }
             }
         }
-        for (number, [found, truth, honest]) in all {
+        for (number, [found, truth, honest, exact]) in all {
+            let module = &modules[number];
+            let rounding = judge::honest_error(&honest, &exact, dtype);
+            // Where no stored value was rounded before, as behind the embedding, the weights' own rounding is all there is.
+            let rounded = Tensor::new(dtype, &truth.shape, &truth.data);
+            let of_weights = judge::honest_error(&rounded, &truth, dtype);
+            let allowed = judge::weights_error(rounding).hypot(of_weights);
+            if let Err(mismatch) = judge::model_tensor(&honest, &truth, allowed, dtype) {
+                let fault = of_module(module, &mismatch);
+                let what = format!("{}: the weights are not the reference's", fault.what);
+                self.fault.get_or_insert(Fault { what, ..fault });
+            }
             let honest_error = judge::honest_error(&honest, &truth, dtype);
             let judged = judge::model_tensor(&found, &truth, honest_error, dtype);
-            self.keep(&modules[number].name, judged, |mismatch| of_module(&modules[number], mismatch));
+            self.keep(&module.name, judged, |mismatch| of_module(module, mismatch));
         }
         match self.rows.is_empty() {
             true => Err(LayersError::Nothing { what: "hidden states of this model", how: "" }),
