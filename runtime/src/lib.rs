@@ -11,6 +11,7 @@
 //!   that does.
 //! * [`interpreter`]: the oracle as a device; [`null`]: the device that only checks.
 //! * [`meter`]: how fast this machine can read and multiply, which is what speeds are measured against.
+//! * [`ptx`]: PTX text as a typed module: every instruction that kernels use, by name.
 //! * [`sample`]: the next token from logits.
 //! * [`text`]: text from the bytes of tokens, as they come.
 //! * [`generate`]: the loop over all of these.
@@ -28,6 +29,7 @@ pub mod map;
 pub mod meter;
 pub mod null;
 pub mod pool;
+pub mod ptx;
 pub mod sample;
 pub mod text;
 pub mod whole_file;

@@ -78,7 +78,7 @@ fn text(name: &str, folder: &str, file: &Path) -> Checked<()> {
         let kernels = kernels(&text, &nvptx::target())?;
         match (nvptx::ptx(&kernels.iter().collect::<Vec<_>>()), of("refused: ")) {
             (Ok(ptx), None) => {
-                assemble(name, &ptx)?;
+                accept(name, &ptx)?;
                 ptx
             }
             (Err(why), Some(expected)) if why.to_string() == expected => return Ok(()),
@@ -401,7 +401,7 @@ fn random_in_ptx(name: &str) -> Checked<()> {
 fn assemble_covered(name: &str, kernels: &[Kernel], at_least: usize) -> Checked<()> {
     let covered: Vec<&Kernel> = kernels.iter().filter(|kernel| nvptx::check(kernel).is_ok()).collect();
     assert!(covered.len() >= at_least, "only {} kernels have a form for a grid", covered.len());
-    assemble(name, &nvptx::ptx(&covered)?).map(drop)
+    accept(name, &nvptx::ptx(&covered)?).map(drop)
 }
 
 /// A kernel that keeps something on the stack.
@@ -426,6 +426,7 @@ const ON_THE_STACK: &str = ".version 7.4
 ";
 
 fn ptx_checks_can_fail() -> Checked<()> {
+    assert!(runtime::ptx::Module::parse(ON_THE_STACK).is_err(), "it was read");
     for (ptx, fault) in [(ON_THE_STACK, "use the stack"), ("k_stack", "ptxas refuses it")] {
         match assemble("lower ptx checks can fail", ptx) {
             Ok(false) => return Ok(()),
@@ -434,6 +435,13 @@ fn ptx_checks_can_fail() -> Checked<()> {
         }
     }
     Ok(())
+}
+
+/// Reads PTX, in which every instruction must be known, and assembles it.
+fn accept(name: &str, ptx: &str) -> Checked<bool> {
+    let module = runtime::ptx::Module::parse(ptx)?;
+    assert_eq!(module.kernels.len(), ptx.matches(".visible .entry").count(), "{name}");
+    assemble(name, ptx)
 }
 
 /// Assembles PTX, and finds nothing spilled and no stack; `false` where there is no `ptxas`.

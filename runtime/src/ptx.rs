@@ -1,0 +1,291 @@
+//! PTX text as a typed module. It knows the instructions of sm_80 that kernels use; there is nothing yet that runs them.
+//!
+//! * Takes: what LLVM's NVPTX back end writes for sm_80 to sm_120, and the inline assembly in it.
+//! * Gives: kernels whose registers, labels and constants are resolved, each instruction with its line.
+//! * Refuses by name what it does not know, an instruction with a modifier that it does not know among it. It never guesses
+//!   and never panics.
+//!
+//! Instructions and their operands are those of the *PTX ISA*; a doc comment here names the section where the meaning is
+//! not the name's. Every value lives in one of three banks: predicates, registers of up to 32 bits, registers of 64 bits.
+//! Constants, special registers and addresses of variables are registers that are filled before the kernel begins.
+//!
+//! In reading order: this file (the module's types), `op` (the instructions), `lexer`, `parser` (statements and operands),
+//! `opcode` (an instruction's name and operands as an [`Op`]).
+
+mod lexer;
+mod op;
+mod opcode;
+mod parser;
+
+pub use op::*;
+
+/// Why a text is no module that the emulator runs. Lines count from 1.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum PtxError {
+    /// The text breaks off or has the wrong thing in a place.
+    #[error("line {line}: found {found}, expected {expected}")]
+    Syntax {
+        /// Where.
+        line: u32,
+        /// The token there.
+        found: String,
+        /// What may stand there.
+        expected: String,
+    },
+    /// An instruction, or a modifier of one, that is not known.
+    #[error("line {line}: unknown instruction `{opcode}`{}", .modifier.as_ref().map(|m| format!(" (`.{m}`)")).unwrap_or_default())]
+    UnknownInstruction {
+        /// Where.
+        line: u32,
+        /// The instruction as it is written, without operands.
+        opcode: String,
+        /// The part of it that is not known, unless it is all.
+        modifier: Option<String>,
+    },
+    /// A directive that is not known, or that kernels are not to use.
+    #[error("line {line}: `{directive}` is not supported")]
+    UnknownDirective {
+        /// Where.
+        line: u32,
+        /// The directive.
+        directive: String,
+    },
+    /// A register, label, parameter or variable that nobody declared.
+    #[error("line {line}: `{name}` is not declared, expected {expected}")]
+    Undeclared {
+        /// Where.
+        line: u32,
+        /// The name.
+        name: String,
+        /// What it would have to be.
+        expected: &'static str,
+    },
+    /// An operand of another width than the instruction's.
+    #[error("line {line}: `{operand}` is {found}, expected {expected}")]
+    Width {
+        /// Where.
+        line: u32,
+        /// The operand.
+        operand: String,
+        /// What it is.
+        found: &'static str,
+        /// What the instruction takes.
+        expected: &'static str,
+    },
+    /// A count or a number beyond what is supported.
+    #[error("line {line}: {what} is {found}, at most {limit} are supported")]
+    TooMany {
+        /// Where.
+        line: u32,
+        /// Of what.
+        what: &'static str,
+        /// How many there are.
+        found: u64,
+        /// How many there may be.
+        limit: u64,
+    },
+}
+
+/// A module: one PTX file.
+#[derive(Clone, Debug)]
+pub struct Module {
+    /// `.version`, major and minor.
+    pub version: (u32, u32),
+    /// `.target`, such as `sm_90a`.
+    pub target: String,
+    /// The kernels, in the order of the text.
+    pub kernels: Vec<Kernel>,
+}
+
+impl Module {
+    /// Reads a module.
+    ///
+    /// # Errors
+    ///
+    /// [`PtxError`], with the line.
+    pub fn parse(text: &str) -> Result<Module, PtxError> {
+        parser::module(text)
+    }
+
+    /// The kernel of that name.
+    pub fn kernel(&self, name: &str) -> Option<&Kernel> {
+        self.kernels.iter().find(|kernel| kernel.name == name)
+    }
+}
+
+/// An entry function.
+#[derive(Clone, Debug)]
+pub struct Kernel {
+    /// Its name.
+    pub name: String,
+    /// Its parameters, in order.
+    pub params: Vec<Param>,
+    /// `.maxntid` or `.reqntid`: threads of a CTA, at most.
+    pub max_threads: Option<u32>,
+    /// `.reqntid`: threads of a CTA, exactly.
+    pub required_threads: Option<u32>,
+    /// `.minnctapersm`.
+    pub min_ctas: Option<u32>,
+    /// `.maxnreg`.
+    pub max_registers: Option<u32>,
+    /// Bytes of shared memory that the text declares, without the dynamic part.
+    pub static_shared: u32,
+    /// Where the dynamic part of shared memory begins, and its alignment. 0 if there is none.
+    pub dynamic_shared: u32,
+    /// Predicates, registers of up to 32 bits and registers of 64 bits that the kernel names.
+    pub banks: Banks,
+    /// Registers that have a value from the beginning.
+    pub constants: Vec<(Reg, Constant)>,
+    /// Predicates that are constant.
+    pub constant_predicates: Vec<(Pred, bool)>,
+    /// The code. A label is an index into it; an index past its end is the end of the kernel.
+    pub code: Vec<Instruction>,
+    /// The registers' names, for reports.
+    pub names: Vec<Names>,
+}
+
+impl Kernel {
+    /// Bytes of the parameter buffer.
+    pub fn param_bytes(&self) -> u32 {
+        self.params.last().map_or(0, |last| last.offset + last.bytes)
+    }
+
+    /// The name of a register in the text; a constant has none.
+    pub fn register_name(&self, reg: Reg) -> String {
+        let of = |names: &Names| {
+            let index = u32::from(reg.index.checked_sub(names.first.index)?);
+            let known = reg.wide == names.first.wide && index < names.count.unwrap_or(1);
+            known.then(|| names.count.map_or(names.stem.clone(), |_| format!("{}{index}", names.stem)))
+        };
+        self.names.iter().find_map(of).unwrap_or_else(|| "a constant".into())
+    }
+}
+
+/// `.reg .b32 %r<86>`: the registers from `first` on are `%r0` to `%r85`. Without a count it is one register.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Names {
+    /// The first of them.
+    pub first: Reg,
+    /// How many; `None` for one without a number in its name.
+    pub count: Option<u32>,
+    /// The name, without the number.
+    pub stem: String,
+}
+
+/// How many registers there are of each kind.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Banks {
+    /// Predicates.
+    pub predicates: u16,
+    /// Registers of 8, 16 and 32 bits.
+    pub narrow: u16,
+    /// Registers of 64 bits.
+    pub wide: u16,
+}
+
+/// A parameter of a kernel.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Param {
+    /// Its name.
+    pub name: String,
+    /// Bytes from the beginning of the parameter buffer.
+    pub offset: u32,
+    /// Bytes.
+    pub bytes: u32,
+    /// Alignment in bytes.
+    pub align: u32,
+}
+
+/// What a constant register holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Constant {
+    /// These bits.
+    Bits(u64),
+    /// A special register.
+    Special(Special),
+    /// The address in shared memory that lies so many bytes from its beginning.
+    Shared(u32),
+    /// The address of the byte of the parameter buffer.
+    Param(u32),
+}
+
+/// A statement of the code: `@guard op`.
+#[derive(Clone, Debug)]
+pub struct Instruction {
+    /// Line of the text.
+    pub line: u32,
+    /// Lanes that run it: those where the predicate is the bool. `None`: all.
+    pub guard: Option<(Pred, bool)>,
+    /// What it does.
+    pub op: Op,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    const KERNEL: &str = "\
+.version 7.4
+.target sm_80
+.address_size 64
+
+.visible .entry k_add(
+\t.param .u64 .ptr .global .align 1 k_add_param_0,
+\t.param .u64 k_add_param_1
+)
+{
+\t.reg .pred \t%p<2>;
+\t.reg .b32 \t%r<4>;
+\t.reg .b64 \t%rd<4>;
+
+\tld.param.b64 \t%rd1, [k_add_param_0];
+\tmov.u32 \t%r1, %tid.x;
+\tsetp.gt.s32 \t%p1, %r1, 7;
+\t@%p1 bra \t$L__BB0_2;
+\tmul.wide.u32 \t%rd2, %r1, 4;
+\tadd.s64 \t%rd3, %rd1, %rd2;
+\tld.global.b32 \t%r2, [%rd3];
+\tadd.rn.f32 \t%r3, %r2, 0f3F800000;
+\tst.global.b32 \t[%rd3+16], %r3;
+$L__BB0_2:
+\tret;
+}
+";
+
+    #[test]
+    fn a_kernel_is_read() {
+        let module = Module::parse(KERNEL).unwrap();
+        assert_eq!((module.version, module.target.as_str()), ((7, 4), "sm_80"));
+        let kernel = module.kernel("k_add").unwrap();
+        assert_eq!((kernel.params.len(), kernel.param_bytes(), kernel.code.len()), (2, 16, 10));
+        // The line that every report will name.
+        assert_eq!(kernel.code[3].line, 17);
+        assert!(kernel.code[3].guard.is_some_and(|(_, when)| when));
+        assert!(kernel.constants.iter().any(|(_, constant)| *constant == Constant::Bits(0x3F80_0000)));
+    }
+
+    #[test]
+    fn what_is_not_known_is_named() {
+        let said = |from: &str, to: &str| {
+            assert!(KERNEL.contains(from));
+            Module::parse(&KERNEL.replacen(from, to, 1)).unwrap_err().to_string()
+        };
+        assert_eq!(said("mul.wide.u32", "mangle.u32"), "line 18: unknown instruction `mangle.u32`");
+        assert_eq!(
+            said("add.rn.f32", "add.rn.f32.frob"),
+            "line 21: unknown instruction `add.rn.f32.frob` (`.frob`)"
+        );
+        assert!(said("%rd1, %rd2;", "%rd1, %rd9;").contains("`%rd9` is not declared"));
+        assert!(said("$L__BB0_2;", "$L__BB0_3;").contains("`$L__BB0_3` is not declared"));
+    }
+
+    proptest! {
+        #[test]
+        fn damage_is_refused_or_read(at in any::<prop::sample::Index>(), cut in 0..9usize, with in "[ -~\n]{0,9}") {
+            let at = at.index(KERNEL.len());
+            let end = (at + cut).min(KERNEL.len());
+            let _ = Module::parse(&format!("{}{with}{}", &KERNEL[..at], &KERNEL[end..]));
+        }
+    }
+}
