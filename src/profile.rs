@@ -215,7 +215,10 @@ impl Turn<'_> {
         let mut token = None;
         for step in predict::prompt(self.plan, prompt) {
             let want = if step.entry.give == Give::Nothing { Want::Nothing } else { Want::Token };
-            token = self.both(&step, &tokens[step.past..][..step.tokens], want, &mut prefill)?;
+            let tokens = &tokens[step.past..][..step.tokens];
+            // Whoever writes to a page of the cache first waits for it: neither way of running is to be the one.
+            self.program.run(&Step { tokens, want }, &mut self.state)?;
+            token = self.both(&step, tokens, want, &mut prefill)?;
         }
         let after = ceilings();
         prefill.ceilings = between(before, after);
