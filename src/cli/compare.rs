@@ -106,7 +106,8 @@ impl Options {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum Level {
-    /// What each layer gives, on what the program itself fed it; with a reference, the hidden states behind layers
+    /// What each layer gives, on what the program itself fed it; with a reference, the hidden states behind layers. In bf16
+    /// a model with one very large channel may fail here and be right: level op decides
     Layer,
     /// Each launch of each entry point, by the oracle of its group
     Op,

@@ -8,6 +8,9 @@
 //!   checkpoint; that the kernels do what the interpreter does is the other levels' to say.
 //!
 //! The rule is [`judge::model_tensor`]'s.
+//!
+//! In bf16 its root mean square over all channels is ruled by the largest one, where a model has one of thousands among small
+//! ones: rounding alone may then exceed the bound. What the level `op` says of the same launches decides.
 
 use super::stored::{self, StoredError};
 use super::{Fault, Seen, layer_of};
