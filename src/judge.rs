@@ -6,6 +6,7 @@
 //!
 //! `u` is the unit roundoff of a dtype ([`DType::roundoff`]): f32 2^-24, bf16 2^-8, f16 2^-11.
 
+pub mod chain;
 pub mod group;
 
 use ir::DType;
@@ -36,79 +37,7 @@ pub fn bf16_bound(interpreter_rms: f64) -> f64 {
 /// * A weight is rounded once and each operand that meets it at least once, by the same unit: weights add at most as much
 ///   again, and errors of random sign add as squares. 1.5 is [`bf16_bound`]'s.
 pub fn weights_bound(rounding_rms: f64) -> f64 {
-    bf16_bound(weights_error(rounding_rms))
-}
-
-/// What rounding each stored value and each weight makes of a result together, from what rounding the values alone does:
-/// see [`weights_bound`].
-pub fn weights_error(rounding_rms: f64) -> f64 {
-    std::f64::consts::SQRT_2 * rounding_rms
-}
-
-/// How near a tensor of a model came to the truth, row by row of its first axis: the share of its bound that was used, at
-/// most 1, or the element that is farthest outside. Hidden states and what modules give are judged as logits are:
-///
-/// * in f32 each row by [`f32_bound`], with `honest_error` the largest error of an honest program;
-/// * in bf16 all rows together by [`bf16_bound`], with `honest_error` its root mean square.
-///
-/// # Errors
-///
-/// [`Mismatch`].
-pub fn model_tensor(
-    found: &Tensor,
-    truth: &Tensor,
-    honest_error: f64,
-    dtype: DType,
-) -> Result<f64, Mismatch> {
-    if found.shape != truth.shape {
-        return Err(Mismatch::Type {
-            found_dtype: found.dtype,
-            found: found.shape.clone(),
-            expected_dtype: truth.dtype,
-            expected: truth.shape.clone(),
-        });
-    }
-    let width = truth.shape.iter().skip(1).product::<usize>().max(1);
-    let error = |at: usize| (found.data[at] - truth.data[at]).abs();
-    let whole = rms((0..found.data.len()).map(error));
-    let mut worst = (0.0, 0, f64::INFINITY);
-    for (row, exact) in truth.data.chunks_exact(width).enumerate() {
-        let bound = match dtype {
-            DType::F32 => f32_bound(honest_error, rms(exact.iter().copied())),
-            _ => bf16_bound(honest_error),
-        };
-        for at in row * width..(row + 1) * width {
-            let share = if error(at) == 0.0 { 0.0 } else { error(at) / bound };
-            if share > worst.0 || share.is_nan() {
-                worst = (if share.is_nan() { f64::INFINITY } else { share }, at, bound);
-            }
-        }
-    }
-    let (element, at, bound) = worst;
-    let share = match dtype {
-        DType::F32 => element,
-        _ if whole == 0.0 => 0.0,
-        _ => whole / bf16_bound(honest_error),
-    };
-    match share <= 1.0 {
-        true => Ok(share),
-        false => Err(Mismatch::Element {
-            index: index_of(at, &found.shape),
-            found: found.data[at],
-            expected: truth.data[at],
-            bound,
-            share,
-        }),
-    }
-}
-
-/// The error of an honest program that [`model_tensor`] takes, from what it gave and the truth.
-pub fn honest_error(honest: &Tensor, truth: &Tensor, dtype: DType) -> f64 {
-    let errors = honest.data.iter().zip(&truth.data).map(|(a, b)| (a - b).abs());
-    match dtype {
-        DType::F32 => errors.fold(0.0, f64::max),
-        _ => rms(errors),
-    }
+    bf16_bound(std::f64::consts::SQRT_2 * rounding_rms)
 }
 
 /// Largest difference of a logit between two devices at one position: each may err by the bound.

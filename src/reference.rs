@@ -11,8 +11,8 @@
 //! | `pI.greedy_margin` | f64 `[N]` | by how much the best is better |
 //! | `pI.NAME.input`, `pI.NAME.output` | f64 `[T, W]` | optional: what the module NAME (`model.layers.3`, `model.layers.3.mlp.down_proj`) reads and gives |
 //!
-//! and `reference.prompts[I].f32_max_error`: the largest error of a logit of the library that wrote the file, in f32; `f32_max_errors`, by
-//! `NAME.input` and `NAME.output`, the same of modules. `tools/write-reference.py` writes such a file.
+//! and `reference.prompts[I].f32_max_error`: the largest error of a logit of the library that wrote the file, in f32.
+//! `tools/write-reference.py` writes such a file.
 
 use crate::compare::logits::all_logits;
 use crate::judge::ReferenceStep;
@@ -48,8 +48,6 @@ pub struct Prompt {
     pub greedy: Vec<ReferenceStep>,
     /// What modules read and give, in f64, by `NAME.input` and `NAME.output`; `[T, width]` each.
     pub modules: BTreeMap<String, Tensor>,
-    /// By the same names, the largest error of an honest f32 program.
-    pub f32_errors: BTreeMap<String, f64>,
 }
 
 /// Why a reference file cannot be used.
@@ -107,12 +105,8 @@ impl Reference {
             let f32_error = of["f32_max_error"].as_f64().ok_or_else(|| {
                 reader.content(format!("prompt {number}: `f32_max_error`"), "nothing", "a number")
             })?;
-            let f32_errors = of["f32_max_errors"].as_object().into_iter().flatten();
-            let f32_errors =
-                f32_errors.filter_map(|(name, error)| Some((name.clone(), error.as_f64()?))).collect();
             let prompt = reader.prompt(number, f32_error)?;
-            let modules = reader.modules(number, prompt.tokens.len())?;
-            Ok(Prompt { modules, f32_errors, ..prompt })
+            Ok(Prompt { modules: reader.modules(number, prompt.tokens.len())?, ..prompt })
         };
         Ok(Reference { prompts: described.iter().enumerate().map(prompt).collect::<Result<_, _>>()? })
     }
@@ -148,8 +142,8 @@ impl Reference {
             }
             let row = |row: &[f32]| row.iter().map(|&x| f64::from(x)).enumerate().collect();
             let logits = logits.chunks_exact(vocab).map(row).collect();
-            let (modules, f32_errors) = Default::default();
-            prompts.push(Prompt { tokens, logits, whole: true, f32_error, greedy, modules, f32_errors });
+            let modules = BTreeMap::new();
+            prompts.push(Prompt { tokens, logits, whole: true, f32_error, greedy, modules });
         }
         Ok(Reference { prompts })
     }
@@ -213,8 +207,8 @@ impl Reader<'_> {
         let steps = best.into_iter().zip(second).zip(margins);
         let greedy = steps.map(|((token, second), margin)| ReferenceStep { token, second, margin }).collect();
         let logits = known.chunks_exact(row).map(<[_]>::to_vec).collect();
-        let (modules, f32_errors) = Default::default();
-        Ok(Prompt { tokens, logits, whole, f32_error, greedy, modules, f32_errors })
+        let modules = BTreeMap::new();
+        Ok(Prompt { tokens, logits, whole, f32_error, greedy, modules })
     }
 
     /// What modules read and give.

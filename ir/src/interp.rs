@@ -28,6 +28,12 @@ pub struct Tensor {
 }
 
 impl Tensor {
+    /// Adds the rows of a tensor of the same width.
+    pub fn append(&mut self, rows: Tensor) {
+        self.shape[0] += rows.shape[0];
+        self.data.extend(rows.data);
+    }
+
     /// A tensor of `data`, each rounded to `dtype`. The numbers of a block format are taken as they are.
     ///
     /// # Panics
@@ -58,20 +64,8 @@ impl Tensor {
 pub enum Rounding {
     /// To each value's dtype, groups apart: what a program that stores these dtypes can at best compute.
     Stored,
-    /// As `Stored`, and sums are f32, one term after the other: what a plain program computes.
-    Summed,
     /// Floats never, unless an op is there to round (`quantize`): the exact result for the given inputs and weights.
     Exact,
-}
-
-impl Rounding {
-    /// A sum, before its next term.
-    fn sum(self, sum: f64) -> f64 {
-        match self {
-            Rounding::Summed => f64::from(sum as f32),
-            Rounding::Stored | Rounding::Exact => sum,
-        }
-    }
 }
 
 /// Why a graph cannot be run on what it was given.
@@ -287,17 +281,17 @@ pub fn compute(
             view(&operands[0].data, first, &steps, &shape)
         }
         Op::Concat { axis } => concat(operands, *axis, elems),
-        Op::Reduce { kind, axis } => reduce(*kind, &operands[0], *axis, rounding),
-        Op::Dot { axes } => dot(axes, &operands[0], &operands[1], &shape, rounding),
+        Op::Reduce { kind, axis } => reduce(*kind, &operands[0], *axis),
+        Op::Dot { axes } => dot(axes, &operands[0], &operands[1], &shape),
         Op::Gather => gather(value, &operands[0], &operands[1])?,
         Op::ScatterAdd => scatter_add(value, &operands[0], &operands[1], &operands[2])?,
-        Op::Attention { causal, scale } => attention(operands, *causal, *scale, rounding),
+        Op::Attention { causal, scale } => attention(operands, *causal, *scale),
         Op::CacheAppend => cache_append(value, &operands[0], &operands[1], &operands[2])?,
         Op::Quantize => quantize(value, &operands[0])?,
         Op::Argmax => argmax(&operands[0]),
     };
     let mut tensor = Tensor { dtype: value.ty.dtype, shape, data };
-    if rounding != Rounding::Exact || !tensor.dtype.is_float() {
+    if rounding == Rounding::Stored || !tensor.dtype.is_float() {
         tensor.round();
     }
     Ok(tensor)
@@ -344,7 +338,7 @@ fn concat(parts: &[Rc<Tensor>], axis: usize, elems: usize) -> Vec<f64> {
     out
 }
 
-fn reduce(kind: Reduction, x: &Tensor, axis: usize, rounding: Rounding) -> Vec<f64> {
+fn reduce(kind: Reduction, x: &Tensor, axis: usize) -> Vec<f64> {
     let extent = x.shape[axis];
     let outer: usize = x.shape[..axis].iter().product();
     let inner: usize = x.shape[axis + 1..].iter().product();
@@ -353,7 +347,7 @@ fn reduce(kind: Reduction, x: &Tensor, axis: usize, rounding: Rounding) -> Vec<f
         for i in 0..inner {
             let line = (0..extent).map(|a| x.data[(o * extent + a) * inner + i]);
             out.push(match kind {
-                Reduction::Sum => line.fold(0.0, |sum, x| rounding.sum(sum + x)),
+                Reduction::Sum => line.fold(0.0, |sum, x| sum + x),
                 Reduction::Max => line.fold(f64::NEG_INFINITY, larger),
             });
         }
@@ -367,7 +361,7 @@ fn larger(a: f64, b: f64) -> f64 {
 }
 
 /// Both operands are brought to `[batch, rows, k]` and `[batch, columns, k]`; then each element is one sum over `k`.
-fn dot(axes: &DotAxes, a: &Tensor, b: &Tensor, shape: &[usize], rounding: Rounding) -> Vec<f64> {
+fn dot(axes: &DotAxes, a: &Tensor, b: &Tensor, shape: &[usize]) -> Vec<f64> {
     let DotAxes { lhs, rhs, out } = axes;
     let only = |from: &[char], not_in: &[char]| -> Vec<char> {
         from.iter().copied().filter(|c| out.contains(c) && !not_in.contains(c)).collect()
@@ -389,7 +383,7 @@ fn dot(axes: &DotAxes, a: &Tensor, b: &Tensor, shape: &[usize], rounding: Roundi
             let b_k = &b[(batch * n_columns + column) * k..][..k];
             for row in 0..n_rows {
                 let a_k = &a[(batch * n_rows + row) * k..][..k];
-                sums[(batch * n_rows + row) * n_columns + column] = sum_of_products(a_k, b_k, rounding);
+                sums[(batch * n_rows + row) * n_columns + column] = sum_of_products(a_k, b_k);
             }
         }
     }
@@ -401,11 +395,8 @@ fn dot(axes: &DotAxes, a: &Tensor, b: &Tensor, shape: &[usize], rounding: Roundi
     if have == *out { sums } else { view(&sums, 0, &steps, shape) }
 }
 
-/// Four sums side by side, because one would wait for each of its additions; one in f32, as a plain program has it.
-fn sum_of_products(a: &[f64], b: &[f64], rounding: Rounding) -> f64 {
-    if rounding == Rounding::Summed {
-        return a.iter().zip(b).fold(0.0, |sum, (a, b)| rounding.sum(sum + a * b));
-    }
+/// Four sums side by side, because one would wait for each of its additions.
+fn sum_of_products(a: &[f64], b: &[f64]) -> f64 {
     let mut sums = [0.0; 4];
     let (a_fours, b_fours) = (a.chunks_exact(4), b.chunks_exact(4));
     let rest: f64 = a_fours.remainder().iter().zip(b_fours.remainder()).map(|(a, b)| a * b).sum();
@@ -472,7 +463,7 @@ fn cache_append(value: &Value, cache: &Tensor, rows: &Tensor, pos: &Tensor) -> R
 }
 
 /// Softmax over the slots that a row sees, as [`crate::graph::Builder::attention_expanded`] spells it out.
-fn attention(operands: &[Rc<Tensor>], causal: bool, scale: f64, rounding: Rounding) -> Vec<f64> {
+fn attention(operands: &[Rc<Tensor>], causal: bool, scale: f64) -> Vec<f64> {
     let [q, k, v, pos] = [0, 1, 2, 3].map(|i| &*operands[i]);
     let &[tokens, heads, d] = &q.shape[..] else { panic!("queries have three axes") };
     let &[kv_heads, slots, _] = &k.shape[..] else { panic!("a cache has three axes") };
@@ -487,15 +478,13 @@ fn attention(operands: &[Rc<Tensor>], causal: bool, scale: f64, rounding: Roundi
             let kv_head = head / (heads / kv_heads);
             let at = |slot: usize| (kv_head * slots + slot) * d..(kv_head * slots + slot + 1) * d;
             let scores: Vec<f64> =
-                (0..seen).map(|slot| scale * sum_of_products(q, &k.data[at(slot)], rounding)).collect();
+                (0..seen).map(|slot| scale * sum_of_products(q, &k.data[at(slot)])).collect();
             let max = scores.iter().copied().fold(f64::NEG_INFINITY, larger);
             let weights: Vec<f64> = scores.iter().map(|score| (score - max).exp()).collect();
-            let sum = weights.iter().fold(0.0, |sum, weight| rounding.sum(sum + weight));
+            let sum: f64 = weights.iter().sum();
             let mut row = vec![0.0; d];
             for (slot, weight) in weights.iter().enumerate() {
-                row.iter_mut().zip(&v.data[at(slot)]).for_each(|(out, v)| {
-                    *out = rounding.sum(*out + weight / sum * v);
-                });
+                row.iter_mut().zip(&v.data[at(slot)]).for_each(|(out, v)| *out += weight / sum * v);
             }
             if seen == 0 {
                 row.fill(f64::NAN);

@@ -15,8 +15,8 @@ use crate::manifest::{GRAPH, Manifest};
 use crate::map::FileBytes;
 use ir::dim::MAX_SYMBOLS;
 use ir::dtype::DType;
-use ir::graph::{Graph, TensorType, Value, ValueId};
-use ir::interp::{InterpError, Rounding, Tensor, compute, interpret};
+use ir::graph::{Graph, TensorType, Value};
+use ir::interp::{InterpError, Rounding, Tensor, interpret};
 use ir::op::Op;
 use ir::plan::{Place, Plan, PlanBuffer, WeightSource};
 use std::collections::{BTreeMap, HashMap};
@@ -186,61 +186,6 @@ impl InterpretedProgram {
     pub fn graph(&self, entry: &str) -> Result<&Graph, DeviceError> {
         let none = || bad_graph(self.file.clone(), format!("there is no graph @{entry}"));
         self.graphs.get(entry).ok_or_else(none)
-    }
-
-    /// Computes a part of an entry point's graph: the values in `wanted` from those in `given`, all by name. What is given
-    /// is not computed, nor what only that needs; a state that is not given is zero, as at the beginning of a text.
-    ///
-    /// # Errors
-    ///
-    /// If a name is not the graph's, an input is needed and not given, or a weight is not there.
-    pub fn part(
-        &mut self,
-        entry: &str,
-        symbols: &[i64; MAX_SYMBOLS],
-        rounding: Rounding,
-        given: &BTreeMap<String, Rc<Tensor>>,
-        wanted: &[&str],
-    ) -> Result<Vec<Rc<Tensor>>, DeviceError> {
-        let graph = self.graph(entry)?.clone();
-        let launch = |e: InterpError| DeviceError::Launch { kernel: entry.to_string(), said: e.to_string() };
-        let unbound = |name: &str| launch(InterpError::Unbound(name.to_string()));
-        let find = |name: &&str| graph.find(name).ok_or_else(|| unbound(name));
-        let wanted = wanted.iter().map(find).collect::<Result<Vec<_>, _>>()?;
-        let mut known: Vec<Option<Rc<Tensor>>> =
-            graph.values.iter().map(|value| given.get(&value.name).cloned()).collect();
-        let mut needed = vec![false; graph.values.len()];
-        wanted.iter().for_each(|id| needed[id.0 as usize] = true);
-        for id in graph.ids().rev().filter(|id| known[id.0 as usize].is_none()) {
-            if needed[id.0 as usize] {
-                graph[id].operands.iter().for_each(|operand| needed[operand.0 as usize] = true);
-            }
-        }
-        for id in graph.ids().filter(|id| needed[id.0 as usize]) {
-            if known[id.0 as usize].is_some() {
-                continue;
-            }
-            let value = &graph[id];
-            let tensor = match &value.op {
-                Op::Weight { name } => self.weight(name, &value.ty)?,
-                Op::State { .. } => {
-                    let shape: Vec<usize> =
-                        value.ty.shape.iter().map(|dim| dim.eval(symbols) as usize).collect();
-                    let data = vec![0.0; shape.iter().product()];
-                    Rc::new(Tensor { dtype: value.ty.dtype, shape, data })
-                }
-                Op::Input { name } => return Err(unbound(name)),
-                _ => {
-                    let operand =
-                        |id: &ValueId| known[id.0 as usize].clone().expect("operands come before users");
-                    let operands: Vec<_> = value.operands.iter().map(operand).collect();
-                    Rc::new(compute(value, &operands, symbols, rounding).map_err(launch)?)
-                }
-            };
-            known[id.0 as usize] = Some(tensor);
-        }
-        let result = |id: &ValueId| known[id.0 as usize].clone().expect("computed above, or given");
-        Ok(wanted.iter().map(result).collect())
     }
 
     /// A tensor of the checkpoint, from all buffers of the plan that hold parts of it.

@@ -106,8 +106,7 @@ impl Options {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum Level {
-    /// What each layer gives, on what the program itself fed it; with a reference, the hidden states behind layers. In bf16
-    /// a model with one very large channel may fail here and be right: level op decides
+    /// What each layer gives, on what the program itself fed it; with a reference, the hidden states behind layers
     Layer,
     /// Each launch of each entry point, by the oracle of its group
     Op,
@@ -309,18 +308,16 @@ fn by_layers(
     let target = runtime::cpu::choose(ready.artifact.file(), &ready.manifest)?;
     let graphs = stored::fused(&ready.artifact, target, &ready.plan).map_err(LayersError::from)?;
     let mut program = options.device()?.load_tapped(&ready.artifact)?;
-    let mut oracle = InterpretedProgram::load(&ready.artifact, Rounding::Stored)?;
+    let mut weights = InterpretedProgram::load(&ready.artifact, Rounding::Stored)?;
     let mut layers = Layers::default();
     match reference {
         Some(reference) => {
             let of = (reference, &*modules(config, dtype));
-            let mut exact = InterpretedProgram::load(&ready.artifact, Rounding::Exact)?;
-            let oracles = [&mut oracle, &mut exact];
-            layers.judge_reference(&mut *program, &graphs, oracles, of, dtype)?;
+            layers.judge_reference(&mut *program, &graphs, &mut weights, of)?;
         }
         None => {
             let tokens = options.tokens(None, config.vocab_size, ready.manifest.context);
-            layers.judge(&mut *program, &graphs, &mut oracle, &tokens)?;
+            layers.judge(&mut *program, &graphs, &mut weights, &tokens)?;
         }
     }
     found.take(layers);
@@ -335,11 +332,12 @@ fn by_modules(
     found: &mut Found,
 ) -> Result<(), CliError> {
     let dtype = DType::from_name(&ready.manifest.dtype).expect("an artifact's dtype is one");
-    let mut oracle = InterpretedProgram::load(&ready.artifact, Rounding::Stored)?;
+    let mut weights = InterpretedProgram::load(&ready.artifact, Rounding::Stored)?;
     let entry = ready.plan.entries.iter().find(|entry| entry.give == Give::All);
     let (Some(reference), Some(entry)) = (reference, entry) else { return Ok(()) };
     let mut layers = Layers::default();
-    layers.judge_modules(&mut oracle, &entry.name, (reference, &modules(config, dtype)), dtype)?;
+    let graph = weights.graph(&entry.name)?.clone();
+    layers.judge_modules(&graph, &mut weights, (reference, &modules(config, dtype)))?;
     found.take(layers);
     Ok(())
 }
@@ -377,6 +375,7 @@ fn by_logits(
     ));
     found.fault = judged.err().map(|fault| {
         let what = fault.to_string();
+        found.worst = found.worst.max(fault.share());
         let (index, seen, expected) = match fault {
             LogitsFault::Position { position, token, found, expected, .. } => {
                 (vec![position, token], found, expected)

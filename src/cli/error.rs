@@ -250,6 +250,7 @@ impl CliError {
             CliError::Layers(error) => match error {
                 LayersError::Device(error) => device(error),
                 LayersError::Stored(error) => stored(error),
+                LayersError::Oracle(_) => Exit::Bug,
                 LayersError::Nothing { .. } => Exit::Model,
             },
             #[cfg(feature = "compiler")]
@@ -367,7 +368,7 @@ impl CliError {
             CliError::Layers(error) => match error {
                 LayersError::Device(error) => device_facts(error),
                 LayersError::Stored(error) => stored_facts(error),
-                LayersError::Nothing { .. } => Facts::default(),
+                LayersError::Oracle(_) | LayersError::Nothing { .. } => Facts::default(),
             },
             #[cfg(feature = "compiler")]
             CliError::Search(_) => Facts::default(),

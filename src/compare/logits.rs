@@ -45,6 +45,17 @@ pub enum LogitsFault {
     Greedy { prompt: usize, step: usize, found: i32, token: i32, second: i32, margin: f64, largest: f64 },
 }
 
+impl LogitsFault {
+    /// How far beyond the bound it is; a token is right or wrong.
+    pub fn share(&self) -> f64 {
+        match self {
+            LogitsFault::Position { found, expected, bound, .. } => (found - expected).abs() / bound,
+            LogitsFault::Spread { found, bound } | LogitsFault::Weights { found, bound } => found / bound,
+            LogitsFault::Greedy { .. } => 0.0,
+        }
+    }
+}
+
 /// What came of judging: `Err` inside is a result too.
 pub type Judged = Result<Result<(), LogitsFault>, DeviceError>;
 

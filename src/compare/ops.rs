@@ -4,7 +4,7 @@
 //! made it, and a tensor that was overwritten before its reader came on that reader.
 
 use super::reproducer::KernelCase;
-use super::stored::{self, StoredError};
+use super::stored::{self, Bound, StoredError};
 use super::{Fault, Seen, layer_of};
 use crate::judge::group::expect;
 use crate::judge::{Expected, Mismatch, Shares};
@@ -168,25 +168,13 @@ impl Walk<'_> {
     /// Brings what a group reads and no launch has stored.
     fn know(&mut self, view: &GroupView<'_>) -> Result<(), OpsError> {
         let graph = view.graph;
+        let Walk { weights, symbols, tokens, caches, known, .. } = self;
+        let mut bound = Bound { weights, symbols: *symbols, tokens, caches };
         for &id in view.values.iter().flat_map(|&id| &graph[id].operands) {
-            let ty = &graph[id].ty;
-            let zeros = || {
-                let shape: Vec<usize> = ty.shape.iter().map(|d| d.eval(&self.symbols) as usize).collect();
-                let data = vec![0.0; shape.iter().product()];
-                Rc::new(Tensor { dtype: ty.dtype, shape, data })
-            };
-            let past = self.symbols[1];
-            let ids = |data: Vec<f64>| Rc::new(Tensor::new(DType::I32, &[data.len()], &data));
-            let tensor = match &graph[id].op {
-                Op::Weight { name } => self.weights.weight(name, ty)?,
-                Op::State { name } => self.caches.get(name).cloned().unwrap_or_else(zeros),
-                Op::Input { name } if name == "tokens" => {
-                    ids(self.tokens.iter().map(|&t| f64::from(t)).collect())
-                }
-                Op::Input { .. } => ids((past..past + self.symbols[0]).map(|p| p as f64).collect()),
-                _ => continue,
-            };
-            self.known.entry(id).or_insert(tensor);
+            let is_bound = matches!(graph[id].op, Op::Weight { .. } | Op::State { .. } | Op::Input { .. });
+            if is_bound && !known.contains_key(&id) {
+                known.insert(id, bound.tensor(&graph[id])?);
+            }
         }
         Ok(())
     }

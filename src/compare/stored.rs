@@ -6,14 +6,59 @@ use crate::check::memory;
 use ir::DType;
 use ir::dim::MAX_SYMBOLS;
 use ir::families::storage;
-use ir::graph::{Graph, ValueId};
+use ir::graph::{Graph, Value, ValueId};
 use ir::interp::Tensor;
 use ir::op::Op;
 use ir::plan::Plan;
 use runtime::artifact::{Artifact, ArtifactError};
-use runtime::device::Tap;
+use runtime::device::{DeviceError, Tap};
+use runtime::interpreter::InterpretedProgram;
 use runtime::manifest::TargetCode;
+use std::collections::BTreeMap;
 use std::path::PathBuf;
+use std::rc::Rc;
+
+/// What a graph binds in a step.
+pub struct Bound<'b> {
+    /// Has the artifact's weights.
+    pub weights: &'b mut InterpretedProgram,
+    /// The step's.
+    pub symbols: [i64; MAX_SYMBOLS],
+    /// The step's.
+    pub tokens: &'b [i32],
+    /// What the steps before have stored in the caches, by name; zero where nothing has.
+    pub caches: &'b BTreeMap<String, Rc<Tensor>>,
+}
+
+impl Bound<'_> {
+    /// The tensor of an input, a weight or a state.
+    ///
+    /// # Errors
+    ///
+    /// If the artifact does not hold all of a weight.
+    ///
+    /// # Panics
+    ///
+    /// On values that are computed.
+    pub fn tensor(&mut self, value: &Value) -> Result<Rc<Tensor>, DeviceError> {
+        let past = self.symbols[1];
+        let ids = |data: Vec<f64>| Rc::new(Tensor::new(DType::I32, &[data.len()], &data));
+        Ok(match &value.op {
+            Op::Weight { name } => self.weights.weight(name, &value.ty)?,
+            Op::State { name } => self.caches.get(name).cloned().unwrap_or_else(|| {
+                let extents = value.ty.shape.iter().map(|d| d.eval(&self.symbols) as usize);
+                let shape: Vec<usize> = extents.collect();
+                let data = vec![0.0; shape.iter().product()];
+                Rc::new(Tensor { dtype: value.ty.dtype, shape, data })
+            }),
+            Op::Input { name } if name == "tokens" => {
+                ids(self.tokens.iter().map(|&t| f64::from(t)).collect())
+            }
+            Op::Input { .. } => ids((past..past + self.symbols[0]).map(|p| p as f64).collect()),
+            op => panic!("{op:?} is not bound"),
+        })
+    }
+}
 
 /// Why nothing can be said of what launches store.
 #[derive(Debug, thiserror::Error)]

@@ -40,7 +40,7 @@ use std::collections::hash_map::Entry;
 use std::rc::Rc;
 
 /// f32's unit roundoff.
-const U: f64 = 1.0 / (1u64 << 24) as f64;
+pub(super) const U: f64 = 1.0 / (1u64 << 24) as f64;
 
 /// f32's largest number.
 const LARGEST: f64 = f32::MAX as f64;
@@ -231,7 +231,7 @@ fn overflows(x: f64, h: f64) -> bool {
 }
 
 /// How far `f` moves when its argument does.
-fn spread(op: Unary, x: f64, h: f64) -> f64 {
+pub(super) fn spread(op: Unary, x: f64, h: f64) -> f64 {
     if h == 0.0 {
         return 0.0;
     }
@@ -247,7 +247,7 @@ fn spread(op: Unary, x: f64, h: f64) -> f64 {
     }
 }
 
-fn function_error(op: Unary, y: f64) -> f64 {
+pub(super) fn function_error(op: Unary, y: f64) -> f64 {
     2.0 * function_ulp(op) * (U * y.abs() + ETA)
 }
 
@@ -260,15 +260,23 @@ fn moved(
     if operands.iter().all(|k| k.errors.is_none()) {
         return Ok(None);
     }
-    let like = as_f64(value);
     let run = |pick: fn(&Errors) -> &Vec<f64>| {
         let is_index = |n: usize| n + 1 == operands.len() && matches!(value.op, Op::Gather | Op::CacheAppend);
         let bounds: Vec<Rc<Tensor>> = (operands.iter().enumerate())
             .map(|(n, k)| if is_index(n) { k.exact.clone() } else { k.bounds(pick) })
             .collect();
-        compute(&like, &bounds, symbols, Rounding::Exact).map(|t| t.data)
+        moved_by(value, &bounds, symbols)
     };
     Ok(Some(Errors { hard: run(|e| &e.hard)?, typical: run(|e| &e.typical)? }))
+}
+
+/// What an op that moves or sums elements makes of numbers in f64.
+pub(super) fn moved_by(
+    value: &Value,
+    operands: &[Rc<Tensor>],
+    symbols: &[i64; MAX_SYMBOLS],
+) -> Result<Vec<f64>, InterpError> {
+    compute(&as_f64(value), operands, symbols, Rounding::Exact).map(|tensor| tensor.data)
 }
 
 fn as_f64(value: &Value) -> Value {
@@ -284,7 +292,7 @@ fn reduced(
     axis: usize,
     symbols: &[i64; MAX_SYMBOLS],
 ) -> Result<Errors, InterpError> {
-    let fold = |t: Rc<Tensor>| compute(&as_f64(value), &[t], symbols, Rounding::Exact).map(|t| t.data);
+    let fold = |t: Rc<Tensor>| moved_by(value, &[t], symbols);
     let length = x.exact.shape[axis] as f64;
     let bound = |pick: fn(&Errors) -> &Vec<f64>, growth: f64| {
         let h = x.bounds(pick);
@@ -319,11 +327,10 @@ fn dot(value: &Value, a: &Known, b: &Known, symbols: &[i64; MAX_SYMBOLS]) -> Res
     let Op::Dot { axes } = &value.op else { unreachable!("called for products") };
     let extent = |c: &char| a.exact.shape[axes.lhs.iter().position(|l| l == c).expect("in both operands")];
     let length = axes.contracted().iter().map(extent).product::<usize>() as f64;
-    let like = as_f64(value);
     let product = |p: Vec<f64>, q: Vec<f64>| {
         let tensor =
             |k: &Known, data| Rc::new(Tensor { dtype: DType::F64, shape: k.exact.shape.clone(), data });
-        compute(&like, &[tensor(a, p), tensor(b, q)], symbols, Rounding::Exact).map(|t| t.data)
+        moved_by(value, &[tensor(a, p), tensor(b, q)], symbols)
     };
     let sizes = |k: &Known| -> Vec<f64> { k.exact.data.iter().map(|x| x.abs()).collect() };
     let bf16 = a.exact.dtype == DType::BF16;
