@@ -8,6 +8,7 @@
 //! * [`eval`]: how well a model predicts text, over any device.
 //! * [`profile`]: the time of each kernel of a step.
 //! * [`judge`]: what counts as right; the only place with tolerances.
+//! * [`file_error`]: why a file that belongs to a comparison cannot be used.
 //! * [`mod@reference`]: files that say what a model's logits are; [`compare`]: a program against them and the checkpoint.
 //! * [`measure`] (feature `compiler`): the time of one kernel alone.
 //! * [`check`] (feature `compiler`): kernels judged one by one.
@@ -21,6 +22,7 @@ pub mod compare;
 pub mod compile;
 pub mod diff;
 pub mod eval;
+pub mod file_error;
 pub mod judge;
 #[cfg(feature = "compiler")]
 pub mod measure;

@@ -15,16 +15,16 @@
 //! `tools/write-reference.py` writes such a file.
 
 use crate::compare::logits::all_logits;
+use crate::file_error::FileError;
 use crate::judge::ReferenceStep;
 use ir::interp::Tensor;
 use runtime::device::{DeviceError, Program, Step, Want, feed};
 use runtime::interpreter::InterpretedProgram;
+use safetensors::SafeTensors;
 use safetensors::tensor::Dtype;
-use safetensors::{SafeTensorError, SafeTensors};
 use std::collections::BTreeMap;
 use std::fs;
-use std::io;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 /// What a model should say.
 #[derive(Clone, Debug)]
@@ -50,49 +50,15 @@ pub struct Prompt {
     pub modules: BTreeMap<String, Tensor>,
 }
 
-/// Why a reference file cannot be used.
-#[derive(Debug, thiserror::Error)]
-pub enum ReferenceError {
-    /// It cannot be read.
-    #[error("{}: cannot be read", file.display())]
-    Read {
-        /// The file.
-        file: PathBuf,
-        /// What the system said.
-        source: io::Error,
-    },
-    /// It is no safetensors file.
-    #[error("{}: not safetensors", file.display())]
-    Format {
-        /// The file.
-        file: PathBuf,
-        /// Why.
-        source: SafeTensorError,
-    },
-    /// Something in it is missing or not as it should be.
-    #[error("{}: {what}: found {found}, expected {expected}", file.display())]
-    Content {
-        /// The file.
-        file: PathBuf,
-        /// Tensor or key.
-        what: String,
-        /// What stands there.
-        found: String,
-        /// What should.
-        expected: String,
-    },
-}
-
 impl Reference {
     /// Reads a file for a model with `vocab` tokens.
     ///
     /// # Errors
     ///
-    /// [`ReferenceError`].
-    pub fn read(file: &Path, vocab: usize) -> Result<Reference, ReferenceError> {
-        let bytes =
-            fs::read(file).map_err(|source| ReferenceError::Read { file: file.to_path_buf(), source })?;
-        let format = |source| ReferenceError::Format { file: file.to_path_buf(), source };
+    /// [`FileError`].
+    pub fn read(file: &Path, vocab: usize) -> Result<Reference, FileError> {
+        let bytes = fs::read(file).map_err(|source| FileError::Read { file: file.to_path_buf(), source })?;
+        let format = |source| FileError::Format { file: file.to_path_buf(), source };
         let (_, metadata) = SafeTensors::read_metadata(&bytes).map_err(format)?;
         let tensors = SafeTensors::deserialize(&bytes).map_err(format)?;
         let text = metadata.metadata().as_ref().and_then(|m| m.get("reference")).cloned().unwrap_or_default();
@@ -173,12 +139,12 @@ struct Reader<'f> {
 }
 
 impl Reader<'_> {
-    fn content(&self, what: impl ToString, found: impl ToString, expected: impl ToString) -> ReferenceError {
+    fn content(&self, what: impl ToString, found: impl ToString, expected: impl ToString) -> FileError {
         let (file, what) = (self.file.to_path_buf(), what.to_string());
-        ReferenceError::Content { file, what, found: found.to_string(), expected: expected.to_string() }
+        FileError::Content { file, what, found: found.to_string(), expected: expected.to_string() }
     }
 
-    fn prompt(&self, number: usize, f32_error: f64) -> Result<Prompt, ReferenceError> {
+    fn prompt(&self, number: usize, f32_error: f64) -> Result<Prompt, FileError> {
         let name = |name: &str| format!("p{number}.{name}");
         let tokens = self.ids(&name("tokens"), None)?;
         if tokens.is_empty() {
@@ -212,7 +178,7 @@ impl Reader<'_> {
     }
 
     /// What modules read and give.
-    fn modules(&self, number: usize, tokens: usize) -> Result<BTreeMap<String, Tensor>, ReferenceError> {
+    fn modules(&self, number: usize, tokens: usize) -> Result<BTreeMap<String, Tensor>, FileError> {
         let prefix = format!("p{number}.");
         let mut modules = BTreeMap::new();
         for name in self.tensors.names() {
@@ -232,7 +198,7 @@ impl Reader<'_> {
     }
 
     /// Token ids of the model.
-    fn ids(&self, name: &str, len: Option<usize>) -> Result<Vec<i32>, ReferenceError> {
+    fn ids(&self, name: &str, len: Option<usize>) -> Result<Vec<i32>, FileError> {
         let bytes = self.bytes(name, Dtype::I32)?;
         let ids: Vec<i32> = bytes.as_chunks().0.iter().map(|b| i32::from_le_bytes(*b)).collect();
         if let Some(len) = len.filter(|&len| len != ids.len()) {
@@ -245,7 +211,7 @@ impl Reader<'_> {
         }
     }
 
-    fn f64s(&self, name: &str, len: usize) -> Result<Vec<f64>, ReferenceError> {
+    fn f64s(&self, name: &str, len: usize) -> Result<Vec<f64>, FileError> {
         let bytes = self.bytes(name, Dtype::F64)?;
         if bytes.len() != 8 * len {
             return Err(self.content(name, format!("{} numbers", bytes.len() / 8), len));
@@ -253,7 +219,7 @@ impl Reader<'_> {
         Ok(bytes.as_chunks().0.iter().map(|b| f64::from_le_bytes(*b)).collect())
     }
 
-    fn bytes(&self, name: &str, dtype: Dtype) -> Result<&[u8], ReferenceError> {
+    fn bytes(&self, name: &str, dtype: Dtype) -> Result<&[u8], FileError> {
         let Ok(tensor) = self.tensors.tensor(name) else {
             return Err(self.content(name, "nothing", format!("a tensor of {dtype:?}")));
         };

@@ -1,5 +1,6 @@
 //! `compare`: a program against a reference, a checkpoint and the interpreter.
 
+mod levels;
 mod reproducer;
 mod traces;
 
@@ -10,21 +11,16 @@ use super::screen::{Screen, pairs, print, print_json, short};
 use super::source::{self, BuildOptions, Ready, dtype};
 use clap::{Args, ValueEnum};
 use ir::DType;
-use ir::interp::Rounding;
-use ir::plan::Give;
-use llamac::compare::layers::{Layers, LayersError};
-use llamac::compare::logits::{Logits, LogitsFault};
-use llamac::compare::ops::{Ops, OpsError};
+use levels::Levels;
+use llamac::compare::layers::Layers;
 use llamac::compare::reproducer::{GraphCase, Reproducer, WeightCase};
-use llamac::compare::{Fault, Seen, stored, weights};
+use llamac::compare::{Fault, weights};
 use llamac::model::{Model, ModelError};
 use llamac::pipeline::Request;
 use llamac::reference::Reference;
 use llamac::weights::Source;
-use models::llama::modules;
-use models::{Checkpoint, Config};
-use runtime::device::{Device, DeviceError};
-use runtime::interpreter::InterpretedProgram;
+use models::Checkpoint;
+use runtime::device::Device;
 use runtime::manifest::{GRAPH, WEIGHTS};
 use serde_json::json;
 use std::path::{Path, PathBuf};
@@ -195,22 +191,11 @@ pub fn compare(options: &Options, screen: &Screen) -> Result<(), CliError> {
         (None, _) => screen.detail("no checkpoint at hand: weights are not compared"),
     }
     if found.fault.is_none() {
-        match (&trace, options.level) {
-            (Some(trace), _) => traces::against(options, trace, &ready, &mut found)?,
-            (None, _) if options.modules => by_modules(&ready, &config, reference.as_ref(), &mut found)?,
-            (None, Level::Layer) => {
-                by_layers(options, &ready, &config, reference.as_ref(), &mut found)?;
-                if found.fault.is_some() {
-                    localise(options, &build, &config, reference.as_ref(), &mut found, screen)?;
-                }
-            }
-            (None, Level::Op) => by_ops(options, &ready, &config, reference.as_ref(), &mut found)?,
-            (None, Level::Logits) => {
-                by_logits(options, &ready, reference.as_ref(), &mut found)?;
-                if found.fault.is_some() {
-                    localise(options, &build, &config, reference.as_ref(), &mut found, screen)?;
-                }
-            }
+        let levels =
+            Levels { options, build: &build, ready: &ready, config: &config, reference: reference.as_ref() };
+        match &trace {
+            Some(trace) => traces::against(options, trace, &ready, &mut found)?,
+            None => levels.judge(&mut found, screen)?,
         }
     }
     let left = reproducer::leave(options.reproducer.as_deref(), &ready, &found, screen);
@@ -241,156 +226,6 @@ fn by_checkpoint(ready: &Ready, checkpoint: &Checkpoint, found: &mut Found) -> R
             (found.fault, found.reproducer) = (Some(bad.fault), Some(Reproducer::Weight(case)));
         }
     }
-    Ok(())
-}
-
-/// Judges each launch, on the longest prompt.
-fn by_ops(
-    options: &Options,
-    ready: &Ready,
-    config: &Config,
-    reference: Option<&Reference>,
-    found: &mut Found,
-) -> Result<(), CliError> {
-    let dtype = DType::from_name(&ready.manifest.dtype).expect("an artifact's dtype is one");
-    let choices = ready.model_choices()?;
-    let request = Request { config, dtype, context: ready.manifest.context, measured: choices.as_ref() };
-    let target = runtime::cpu::choose(ready.artifact.file(), &ready.manifest)?;
-    let lowered = llamac::compile::lower(&request, &target.name, true)?.lowered;
-    let mut program = options.device()?.load_tapped(&ready.artifact)?;
-    let mut weights = InterpretedProgram::load(&ready.artifact, Rounding::Stored)?;
-    let tokens = options.tokens(reference, config.vocab_size, ready.manifest.context);
-    let mut ops = Ops::default();
-    ops.judge(&mut *program, &lowered, &mut weights, &tokens)?;
-    for (layer, shares) in &ops.layers {
-        let of = layer.map_or("outside".to_string(), |layer| format!("layer {layer}"));
-        let said = format!("{:.3} of the hard bound, {:.3} of the statistical", shares.hard, shares.typical);
-        found.lines.push((of, said));
-    }
-    found.lines.push(("ops".to_string(), format!("{} launches judged", ops.launches)));
-    found.worst = found.worst.max(ops.worst());
-    (found.fault, found.reproducer) = (ops.fault, ops.case.map(Reproducer::Kernel));
-    Ok(())
-}
-
-/// Asks each op whether it is to blame for wrong logits; where none is, the logits stay the first fault.
-fn localise(
-    options: &Options,
-    build: &BuildOptions,
-    config: &Config,
-    reference: Option<&Reference>,
-    found: &mut Found,
-    screen: &Screen,
-) -> Result<(), CliError> {
-    let tapped = source::ready(&options.model, &BuildOptions { taps: true, ..build.clone() }, screen);
-    let logits = found.fault.take();
-    match tapped.and_then(|ready| by_ops(options, &ready, config, reference, found)) {
-        // What shows no launches, or not those of this llamac, has nothing to say.
-        Err(
-            error @ (CliError::Device(DeviceError::NoTaps { .. } | DeviceError::NoLaunches { .. })
-            | CliError::Ops(OpsError::OtherPlan)),
-        ) => screen.note(format!("no op is looked at: {error}")),
-        judged => judged?,
-    }
-    found.fault = found.fault.take().or(logits);
-    Ok(())
-}
-
-/// Judges each layer, on the longest prompt; or the hidden states that a reference has.
-fn by_layers(
-    options: &Options,
-    ready: &Ready,
-    config: &Config,
-    reference: Option<&Reference>,
-    found: &mut Found,
-) -> Result<(), CliError> {
-    let dtype = DType::from_name(&ready.manifest.dtype).expect("an artifact's dtype is one");
-    let target = runtime::cpu::choose(ready.artifact.file(), &ready.manifest)?;
-    let graphs = stored::fused(&ready.artifact, target, &ready.plan).map_err(LayersError::from)?;
-    let mut program = options.device()?.load_tapped(&ready.artifact)?;
-    let mut weights = InterpretedProgram::load(&ready.artifact, Rounding::Stored)?;
-    let mut layers = Layers::default();
-    match reference {
-        Some(reference) => {
-            let of = (reference, &*modules(config, dtype));
-            layers.judge_reference(&mut *program, &graphs, &mut weights, of)?;
-        }
-        None => {
-            let tokens = options.tokens(None, config.vocab_size, ready.manifest.context);
-            layers.judge(&mut *program, &graphs, &mut weights, &tokens)?;
-        }
-    }
-    found.take(layers);
-    Ok(())
-}
-
-/// Judges each module by a reference's inputs and outputs.
-fn by_modules(
-    ready: &Ready,
-    config: &Config,
-    reference: Option<&Reference>,
-    found: &mut Found,
-) -> Result<(), CliError> {
-    let dtype = DType::from_name(&ready.manifest.dtype).expect("an artifact's dtype is one");
-    let mut weights = InterpretedProgram::load(&ready.artifact, Rounding::Stored)?;
-    let entry = ready.plan.entries.iter().find(|entry| entry.give == Give::All);
-    let (Some(reference), Some(entry)) = (reference, entry) else { return Ok(()) };
-    let mut layers = Layers::default();
-    let graph = weights.graph(&entry.name)?.clone();
-    layers.judge_modules(&graph, &mut weights, (reference, &modules(config, dtype)))?;
-    found.take(layers);
-    Ok(())
-}
-
-/// Judges what the program says.
-fn by_logits(
-    options: &Options,
-    ready: &Ready,
-    reference: Option<&Reference>,
-    found: &mut Found,
-) -> Result<(), CliError> {
-    let dtype = DType::from_name(&ready.manifest.dtype).expect("an artifact's dtype is one");
-    let mut program = options.device()?.load(&ready.artifact)?;
-    let mut honest = InterpretedProgram::load(&ready.artifact, Rounding::Stored)?;
-    let interpreted;
-    let (reference, by) = match reference {
-        Some(reference) => (reference, "the reference"),
-        None => {
-            let mut exact = InterpretedProgram::load(&ready.artifact, Rounding::Exact)?;
-            interpreted = Reference::interpreted(&mut exact, &mut honest, &LENGTHS, STEPS)?;
-            (&interpreted, "the interpreter in f64")
-        }
-    };
-    let mut exact = InterpretedProgram::load(&ready.artifact, Rounding::Exact)?;
-    let mut logits = Logits::default();
-    let judged = logits.judge(&mut *program, [&mut honest, &mut exact], reference, dtype)?;
-    found.near_ties = logits.near_ties;
-    found.worst = found.worst.max(logits.share);
-    let Logits { share, positions, near_ties, steps, .. } = logits;
-    found.lines.push((
-        "logits".to_string(),
-        format!(
-            "{share:.3} of the bound by {by} at {positions} positions; {near_ties} near ties in {steps} greedy steps"
-        ),
-    ));
-    found.fault = judged.err().map(|fault| {
-        let what = fault.to_string();
-        found.worst = found.worst.max(fault.share());
-        let (index, seen, expected) = match fault {
-            LogitsFault::Position { position, token, found, expected, .. } => {
-                (vec![position, token], found, expected)
-            }
-            LogitsFault::Spread { found, bound } | LogitsFault::Weights { found, bound } => {
-                (Vec::new(), found, bound)
-            }
-            LogitsFault::Greedy { step, found, token, .. } => {
-                (vec![step], f64::from(found), f64::from(token))
-            }
-        };
-        let (found, expected) = (Seen::Number(seen), Seen::Number(expected));
-        let op = Some("logits".to_string());
-        Fault { layer: None, op, kernel: None, schedule: None, index, found, expected, what }
-    });
     Ok(())
 }
 

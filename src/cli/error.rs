@@ -34,7 +34,7 @@ use llamac::compare::trace::TraceError;
 #[cfg(feature = "compiler")]
 use llamac::compile::CompileError;
 #[cfg(feature = "compiler")]
-use llamac::reference::ReferenceError;
+use llamac::file_error::FileError;
 #[cfg(feature = "compiler")]
 use llamac::tune::search::SearchError;
 #[cfg(feature = "compiler")]
@@ -205,7 +205,7 @@ pub enum CliError {
     /// A reference file that cannot be used.
     #[cfg(feature = "compiler")]
     #[error(transparent)]
-    Reference(#[from] ReferenceError),
+    Reference(#[from] FileError),
     /// Ops that cannot be judged.
     #[cfg(feature = "compiler")]
     #[error(transparent)]
@@ -251,6 +251,7 @@ impl CliError {
                 LayersError::Device(error) => device(error),
                 LayersError::Stored(error) => stored(error),
                 LayersError::Oracle(_) => Exit::Bug,
+                LayersError::NoEntry => Exit::Artifact,
                 LayersError::Nothing { .. } => Exit::Model,
             },
             #[cfg(feature = "compiler")]
@@ -281,7 +282,7 @@ impl CliError {
                 WalkError::Interrupted => Exit::Interrupted,
             },
             #[cfg(feature = "compiler")]
-            CliError::Reference(ReferenceError::Read { .. }) => Exit::Usage,
+            CliError::Reference(FileError::Read { .. }) => Exit::Usage,
             #[cfg(feature = "compiler")]
             CliError::Reference(_) => Exit::Model,
             #[cfg(feature = "compiler")]
@@ -296,12 +297,9 @@ impl CliError {
                 ReproducerError::Load(LoadError::Codegen(error)) => codegen(error),
                 ReproducerError::Load(LoadError::Code(_)) => Exit::Device,
                 ReproducerError::Machine { .. } => Exit::Artifact,
-                ReproducerError::Read { .. }
-                | ReproducerError::Text { .. }
-                | ReproducerError::Format { .. }
-                | ReproducerError::Content { .. }
-                | ReproducerError::Lower(_)
-                | ReproducerError::Oracle(_) => Exit::Model,
+                ReproducerError::File(_) | ReproducerError::Lower(_) | ReproducerError::Oracle(_) => {
+                    Exit::Model
+                }
             },
             #[cfg(feature = "compiler")]
             CliError::Trace(error) => match error {
@@ -368,7 +366,9 @@ impl CliError {
             CliError::Layers(error) => match error {
                 LayersError::Device(error) => device_facts(error),
                 LayersError::Stored(error) => stored_facts(error),
-                LayersError::Oracle(_) | LayersError::Nothing { .. } => Facts::default(),
+                LayersError::Oracle(_) | LayersError::NoEntry | LayersError::Nothing { .. } => {
+                    Facts::default()
+                }
             },
             #[cfg(feature = "compiler")]
             CliError::Search(_) => Facts::default(),
@@ -391,14 +391,7 @@ impl CliError {
             #[cfg(feature = "compiler")]
             CliError::Wrong { .. } | CliError::Walk(_) => Facts::default(),
             #[cfg(feature = "compiler")]
-            CliError::Reference(error) => match error {
-                ReferenceError::Read { file, .. } | ReferenceError::Format { file, .. } => {
-                    Facts::default().file(file)
-                }
-                ReferenceError::Content { file, found, expected, .. } => {
-                    Facts::of(found, expected).file(file)
-                }
-            },
+            CliError::Reference(error) => file_facts(error),
             #[cfg(feature = "compiler")]
             CliError::Ops(OpsError::Device(error)) => device_facts(error),
             #[cfg(feature = "compiler")]
@@ -407,12 +400,7 @@ impl CliError {
             CliError::Ops(OpsError::Oracle(_) | OpsError::OtherPlan) => Facts::default(),
             #[cfg(feature = "compiler")]
             CliError::Reproducer(error) => match error {
-                ReproducerError::Read { file, .. }
-                | ReproducerError::Text { file, .. }
-                | ReproducerError::Format { file, .. } => Facts::default().file(file),
-                ReproducerError::Content { file, found, expected, .. } => {
-                    Facts::of(found, expected).file(file)
-                }
+                ReproducerError::File(error) => file_facts(error),
                 ReproducerError::Machine { needs, .. } => Facts::of("a machine without", needs),
                 ReproducerError::Lower(_) | ReproducerError::Oracle(_) | ReproducerError::Load(_) => {
                     Facts::default()
@@ -662,6 +650,16 @@ fn device_facts(error: &DeviceError) -> Facts {
         E::OutOfMemory { needed, available } => Facts::of(available, needed),
         E::Artifact(error) => artifact_facts(error),
         E::BadPlan { file, .. } | E::NoTaps { file } | E::NoLaunches { file } => Facts::default().file(file),
+    }
+}
+
+#[cfg(feature = "compiler")]
+fn file_facts(error: &FileError) -> Facts {
+    match error {
+        FileError::Read { file, .. } | FileError::Text { file, .. } | FileError::Format { file, .. } => {
+            Facts::default().file(file)
+        }
+        FileError::Content { file, found, expected, .. } => Facts::of(found, expected).file(file),
     }
 }
 

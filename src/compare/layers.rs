@@ -38,6 +38,9 @@ pub enum LayersError {
     /// The oracle.
     #[error(transparent)]
     Oracle(#[from] InterpError),
+    /// There is nothing to ask.
+    #[error("the plan has no entry point that gives the logits of every position")]
+    NoEntry,
     /// The reference has nothing that could be compared.
     #[error("the reference has no {what}: tools/write-reference.py writes them{how}")]
     Nothing {
@@ -171,7 +174,7 @@ impl Layers {
         (reference, modules): (&Reference, &[Module]),
     ) -> Result<(), LayersError> {
         let number = program.plan().entries.iter().position(|entry| entry.give == Give::All);
-        let Some(graph) = number.map(|number| &graphs[number]) else { return Ok(()) };
+        let graph = &graphs[number.ok_or(LayersError::NoEntry)?];
         for prompt in &reference.prompts {
             let found = hidden(program, graphs, &prompt.tokens)?;
             let known = modules.iter().filter_map(|module| {

@@ -21,6 +21,7 @@ pub use weight::WeightCase;
 
 use super::{Fault, weights};
 use crate::check::device::LoadError;
+use crate::file_error::FileError;
 use crate::pipeline::Request;
 use codegen::cpu::CodegenError;
 use ir::DType;
@@ -28,13 +29,12 @@ use ir::families::LowerError;
 use ir::interp::InterpError;
 use models::Config;
 use runtime::whole_file::{self, WriteError};
+use safetensors::SafeTensors;
 use safetensors::tensor::{Dtype, TensorView};
-use safetensors::{SafeTensorError, SafeTensors};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::fs;
-use std::io;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 /// A fault that can be looked at alone.
 pub enum Reproducer {
@@ -81,42 +81,9 @@ pub struct Replay {
 /// Why a folder shows nothing.
 #[derive(Debug, thiserror::Error)]
 pub enum ReproducerError {
-    /// A file is missing, or cannot be read.
-    #[error("{}: cannot be read", file.display())]
-    Read {
-        /// The file.
-        file: PathBuf,
-        /// What the system said.
-        source: io::Error,
-    },
-    /// A text that its parser or verifier refuses.
-    #[error("{}: {said}", file.display())]
-    Text {
-        /// The file.
-        file: PathBuf,
-        /// What it said.
-        said: String,
-    },
-    /// It is no safetensors file.
-    #[error("{}: not safetensors", file.display())]
-    Format {
-        /// The file.
-        file: PathBuf,
-        /// Why.
-        source: SafeTensorError,
-    },
-    /// Something in it is missing or not as it should be.
-    #[error("{}: {what}: found {found}, expected {expected}", file.display())]
-    Content {
-        /// The file.
-        file: PathBuf,
-        /// Tensor or key.
-        what: String,
-        /// What stands there.
-        found: String,
-        /// What should.
-        expected: String,
-    },
+    /// A file of it.
+    #[error(transparent)]
+    File(#[from] FileError),
     /// The group has no kernel in this llamac.
     #[error(transparent)]
     Lower(#[from] LowerError),
@@ -286,7 +253,7 @@ struct Reader<'f> {
 impl Reader<'_> {
     fn bytes(&self, name: &str) -> Result<Vec<u8>, ReproducerError> {
         let file = self.folder.join(name);
-        fs::read(&file).map_err(|source| ReproducerError::Read { file, source })
+        Ok(fs::read(&file).map_err(|source| FileError::Read { file, source })?)
     }
 
     fn string(&self, name: &str) -> Result<String, ReproducerError> {
@@ -300,11 +267,11 @@ impl Reader<'_> {
     /// The tensors of `bytes`, which are those of the file of tensors.
     fn tensors<'b>(&self, bytes: &'b [u8]) -> Result<SafeTensors<'b>, ReproducerError> {
         let file = self.folder.join(TENSORS);
-        SafeTensors::deserialize(bytes).map_err(|source| ReproducerError::Format { file, source })
+        Ok(SafeTensors::deserialize(bytes).map_err(|source| FileError::Format { file, source })?)
     }
 
     fn text(&self, name: &str, said: impl ToString) -> ReproducerError {
-        ReproducerError::Text { file: self.folder.join(name), said: said.to_string() }
+        FileError::Text { file: self.folder.join(name), said: said.to_string() }.into()
     }
 
     fn content(
@@ -315,6 +282,6 @@ impl Reader<'_> {
         expected: impl ToString,
     ) -> ReproducerError {
         let (file, what) = (self.folder.join(name), what.to_string());
-        ReproducerError::Content { file, what, found: found.to_string(), expected: expected.to_string() }
+        FileError::Content { file, what, found: found.to_string(), expected: expected.to_string() }.into()
     }
 }

@@ -22,7 +22,7 @@
 //! An error that is the sum of uniform roundings has a standard deviation of `s / √3`. The same rounding may reach an element
 //! on two ways, which adds up to `√2 s` where squares say `s`.
 
-use super::group::{U, function_error, moved_by, spread};
+use super::group::{Formula, U, function_error, moved_by, spread};
 use super::{Mismatch, index_of, near_zero, rms};
 use ir::DType;
 use ir::dim::MAX_SYMBOLS;
@@ -225,7 +225,7 @@ impl<'c> Chain<'c> {
     ) -> Result<Option<Vec<f64>>, InterpError> {
         let y = &exact.data;
         let x = |n: usize, at: usize| operands[n].exact.data[at];
-        let each = |f: &dyn Fn(usize, &dyn Fn(usize) -> f64) -> f64| {
+        let each = |f: &Formula<'_>| {
             Some(
                 (0..y.len())
                     .map(|at| f(at, &|n: usize| operands[n].square(at)) + (U * y[at]).powi(2))

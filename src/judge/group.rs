@@ -128,7 +128,7 @@ pub fn expect(
 }
 
 /// What one element is, from its index and what is asked of each operand there.
-type Formula<'f> = dyn Fn(usize, &dyn Fn(usize) -> f64) -> f64 + 'f;
+pub(super) type Formula<'f> = dyn Fn(usize, &dyn Fn(usize) -> f64) -> f64 + 'f;
 
 /// One value of a group.
 fn step(
