@@ -60,6 +60,14 @@ pub enum PtxError {
         /// What it would have to be.
         expected: &'static str,
     },
+    /// A name that is declared a second time.
+    #[error("line {line}: `{name}` is declared twice")]
+    Twice {
+        /// Where.
+        line: u32,
+        /// The name.
+        name: String,
+    },
     /// An operand of another width than the instruction's.
     #[error("line {line}: `{operand}` is {found}, expected {expected}")]
     Width {
@@ -130,7 +138,7 @@ pub struct Kernel {
     pub max_registers: Option<u32>,
     /// Bytes of shared memory that the text declares, without the dynamic part.
     pub static_shared: u32,
-    /// Where the dynamic part of shared memory begins, and its alignment. 0 if there is none.
+    /// Where the dynamic part of shared memory begins: behind all variables that have a size.
     pub dynamic_shared: u32,
     /// Predicates, registers of up to 32 bits and registers of 64 bits that the kernel names.
     pub banks: Banks,
@@ -205,6 +213,8 @@ pub enum Constant {
     Special(Special),
     /// The address in shared memory that lies so many bytes from its beginning.
     Shared(u32),
+    /// The address in shared memory that lies so many bytes from where the dynamic part begins.
+    Dynamic(u32),
     /// The address of the byte of the parameter buffer.
     Param(u32),
 }
@@ -278,6 +288,55 @@ $L__BB0_2:
         );
         assert!(said("%rd1, %rd2;", "%rd1, %rd9;").contains("`%rd9` is not declared"));
         assert!(said("$L__BB0_2;", "$L__BB0_3;").contains("`$L__BB0_3` is not declared"));
+        assert!(said("%r<4>;", "%r<4>; .reg .b32 %r<2>;").contains("`%r` is declared twice"));
+        assert!(said(".version 7.4\n", "").contains("expected `.version` and `.target`"));
+        // A comment ends behind its beginning.
+        let without = Module::parse(&KERNEL.replacen("ret;", "/*/ ret; */", 1)).unwrap();
+        assert_eq!(without.kernels[0].code.len(), 9);
+    }
+
+    /// What stands in the place of the addition.
+    fn with(line: &str) -> Result<Module, PtxError> {
+        let text = KERNEL.replacen("add.rn.f32 \t%r3, %r2, 0f3F800000;", line, 1);
+        assert!(text.contains(line));
+        Module::parse(&text)
+    }
+
+    #[test]
+    fn what_the_isa_does_not_have_is_refused() {
+        for line in [
+            "ex2.approx.s32 %r3, %r2;",
+            "and.f32 %r3, %r2, %r2;",
+            "mul.lo.hi.s32 %r3, %r2, %r2;",
+            "mul.wide.f32 %rd3, %r2, %r2;",
+            "shf.l.wrap.b64 %rd3, %rd2, %rd2, %r2;",
+            "dp4a.f32.f32 %r3, %r2, %r2, %r2;",
+            "lop3.b32 %r3, %r2, %r2, %r2, 300;",
+            "cp.async.wait_group -1;",
+            "cp.async.cg.shared.global [%r2], [%rd2], 4294967312;",
+            "prefetch.frob [%rd2];",
+            "prefetch.global.L2 [%undeclared];",
+            "nanosleep.banana %r2;",
+            "ld.global.L1::frob.b32 %r3, [%rd2];",
+            "ld.global.L2::cache_hint.b32 %r3, [%rd2], %zz;",
+        ] {
+            assert!(with(line).is_err(), "{line}");
+        }
+        with("ld.global.L1::no_allocate.L2::cache_hint.b32 %r3, [%rd2], %rd1;").unwrap();
+        with("fence.sc.gpu; prefetch.global.L2 [%rd2]; cp.async.wait_group 2;").unwrap();
+    }
+
+    #[test]
+    fn a_pragma_ends_and_dynamic_memory_begins_behind_the_rest() {
+        let with =
+            ".pragma \"nounroll\"; bar.sync 0;\n.shared .align 16 .b8 red[128];\nmov.b32 %r3, dyn;\nret;";
+        let text = KERNEL.replacen("ret;", with, 1);
+        let text = text.replacen(".visible", ".extern .shared .align 64 .b8 dyn[];\n.visible", 1);
+        let module = Module::parse(&text).unwrap();
+        let kernel = module.kernel("k_add").unwrap();
+        assert_eq!((kernel.static_shared, kernel.dynamic_shared), (128, 128));
+        assert!(kernel.code.iter().any(|i| matches!(i.op, Op::Barrier { .. })));
+        assert!(kernel.constants.iter().any(|(_, constant)| *constant == Constant::Dynamic(0)));
     }
 
     proptest! {

@@ -68,16 +68,17 @@ pub fn tokens(text: &str) -> Result<Vec<Token<'_>>, PtxError> {
                 continue;
             }
             b'/' if bytes.get(at + 1) == Some(&b'*') => {
-                let Some(length) = text[at..].find("*/") else {
+                let Some(length) = text[at + 2..].find("*/") else {
                     return Err(syntax(line, "the end of the text", "`*/`"));
                 };
-                line += text[at..at + length].matches('\n').count() as u32;
-                at += length + 2;
+                line += text[at + 2..][..length].matches('\n').count() as u32;
+                at += length + 4;
                 continue;
             }
             b'"' => {
-                let Some(length) = text[at + 1..].find(['"', '\n']) else {
-                    return Err(syntax(line, "the end of the text", "`\"`"));
+                let line_end = text[at..].find('\n').unwrap_or(text.len() - at);
+                let Some(length) = text[at + 1..at + line_end].find('"') else {
+                    return Err(syntax(line, "the end of the line", "`\"`"));
                 };
                 at += length + 2;
                 Kind::Text

@@ -239,8 +239,10 @@ pub enum Order {
     Weak,
     /// `ld.global.nc`: nobody writes the bytes while the grid runs.
     NonCoherent,
-    /// May meet other such accesses, orders nothing; `.volatile` counts as this.
+    /// May meet other such accesses, orders nothing.
     Relaxed,
+    /// As `Relaxed`, for everybody, and it is done as often as it is written.
+    Volatile,
     /// What the writer released is seen after it.
     Acquire,
     /// What went before is seen by who acquires it.
@@ -488,6 +490,8 @@ pub enum Op {
     Hint,
     Fence {
         scope: Scope,
+        /// `fence.sc`: all such fences are in one order.
+        sequential: bool,
     },
     Barrier {
         op: BarrierOp,

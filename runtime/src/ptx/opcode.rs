@@ -69,11 +69,17 @@ pub fn read<'t>(p: &mut Parser<'t>, line: u32, opcode: &'t str, args: &[Arg<'t>]
         "atom" | "red" => atomic(p, m, stem == "atom", args),
         "bra" => branch(p, m, args),
         "brx" => branch_indexed(p, m, args),
-        "ret" | "exit" => count(p, m, args, 0).map(|()| Op::Exit),
-        "trap" => count(p, m, args, 0).map(|()| Op::Trap),
-        "nanosleep" | "prefetch" | "prefetchu" => {
-            m.left.clear();
-            Ok(Op::Hint)
+        "ret" | "exit" => count(p, args, 0).map(|()| Op::Exit),
+        "trap" => count(p, args, 0).map(|()| Op::Trap),
+        "nanosleep" => {
+            need(m, "u32")?;
+            count(p, args, 1)?;
+            p.source(&args[0], Type::U32).map(|_| Op::Hint)
+        }
+        "prefetch" => {
+            m.left.retain(|part| !matches!(*part, "global" | "L1" | "L2"));
+            count(p, args, 1)?;
+            p.address(&args[0]).map(|_| Op::Hint)
         }
         "fence" | "membar" => fence(p, m, args),
         "bar" | "barrier" => barrier(p, m, args),
@@ -83,7 +89,7 @@ pub fn read<'t>(p: &mut Parser<'t>, line: u32, opcode: &'t str, args: &[Arg<'t>]
         "redux" => redux(p, m, args),
         "activemask" => {
             need(m, "b32")?;
-            count(p, m, args, 1)?;
+            count(p, args, 1)?;
             Ok(Op::ActiveMask { d: p.reg(&args[0], 32)? })
         }
         "mma" => mma(p, m, args),
@@ -98,28 +104,38 @@ pub fn read<'t>(p: &mut Parser<'t>, line: u32, opcode: &'t str, args: &[Arg<'t>]
     Ok(op)
 }
 
+/// Takes a type that the instruction has.
+fn typed(m: &mut Mods<'_>, fits: impl Fn(Type) -> bool) -> Result<Type, PtxError> {
+    let ty = m.ty()?;
+    if fits(ty) {
+        return Ok(ty);
+    }
+    let modifier = Type::ALL.iter().find(|(_, known)| *known == ty).map(|(name, _)| name.to_string());
+    Err(PtxError::UnknownInstruction { line: m.line, opcode: m.opcode.to_string(), modifier })
+}
+
+fn integer(ty: Type) -> bool {
+    matches!(ty, Type::U16 | Type::U32 | Type::U64 | Type::S16 | Type::S32 | Type::S64)
+}
+
+fn bare(ty: Type) -> bool {
+    matches!(ty, Type::B16 | Type::B32 | Type::B64)
+}
+
 /// Takes a modifier that must be there.
 fn need(m: &mut Mods<'_>, name: &str) -> Result<(), PtxError> {
     if m.has(name) { Ok(()) } else { Err(m.unknown()) }
 }
 
 /// There must be so many operands.
-fn count(p: &Parser<'_>, m: &Mods<'_>, args: &[Arg<'_>], count: usize) -> Result<(), PtxError> {
-    between(p, m, args, count, count)
+fn count(p: &Parser<'_>, args: &[Arg<'_>], count: usize) -> Result<(), PtxError> {
+    between(p, args, count, count)
 }
 
-fn between(
-    p: &Parser<'_>,
-    m: &Mods<'_>,
-    args: &[Arg<'_>],
-    least: usize,
-    most: usize,
-) -> Result<(), PtxError> {
+fn between(p: &Parser<'_>, args: &[Arg<'_>], least: usize, most: usize) -> Result<(), PtxError> {
     if least <= args.len() && args.len() <= most {
         return Ok(());
     }
-    // A modifier that is not known may be why.
-    m.end().or(Ok(()))?;
     let expected =
         if least == most { format!("{least} operands") } else { format!("{least} to {most} operands") };
     Err(PtxError::Syntax { line: p.statement_line(), found: format!("{} operands", args.len()), expected })
@@ -141,7 +157,7 @@ fn nearest(m: &mut Mods<'_>) {
 }
 
 fn mov<'t>(p: &mut Parser<'t>, m: &mut Mods<'t>, args: &[Arg<'t>]) -> Result<Op, PtxError> {
-    count(p, m, args, 2)?;
+    count(p, args, 2)?;
     if m.has("pred") {
         let (a, negated) = p.pred_source(&args[1])?;
         let d = p.pred(&args[0])?;
@@ -173,7 +189,7 @@ fn part_type(p: &Parser<'_>, ty: Type, parts: usize, arg: &Arg<'_>) -> Result<Ty
 
 fn binary<'t>(p: &mut Parser<'t>, m: &mut Mods<'t>, stem: &str, args: &[Arg<'t>]) -> Result<Op, PtxError> {
     if m.has("pred") {
-        count(p, m, args, 3)?;
+        count(p, args, 3)?;
         let op = match stem {
             "and" => Logic::And,
             "or" => Logic::Or,
@@ -184,7 +200,13 @@ fn binary<'t>(p: &mut Parser<'t>, m: &mut Mods<'t>, stem: &str, args: &[Arg<'t>]
     }
     let mode = mode(m);
     nearest(m);
-    let ty = m.ty()?;
+    let ty = typed(m, |ty| match stem {
+        "and" | "or" | "xor" | "shl" => bare(ty),
+        "shr" => bare(ty) || integer(ty),
+        "rem" => integer(ty),
+        "div" => integer(ty) || matches!(ty, Type::F32 | Type::F64),
+        _ => integer(ty) || ty.float(),
+    })?;
     let op = match stem {
         "add" => BinaryOp::Add,
         "sub" => BinaryOp::Sub,
@@ -198,7 +220,7 @@ fn binary<'t>(p: &mut Parser<'t>, m: &mut Mods<'t>, stem: &str, args: &[Arg<'t>]
         "shl" => BinaryOp::Shl,
         _ => BinaryOp::Shr,
     };
-    count(p, m, args, 3)?;
+    count(p, args, 3)?;
     // A shift's count has 32 bits, whatever is shifted.
     let second = if matches!(op, BinaryOp::Shl | BinaryOp::Shr) { Type::U32 } else { ty };
     Ok(Op::Binary {
@@ -212,38 +234,38 @@ fn binary<'t>(p: &mut Parser<'t>, m: &mut Mods<'t>, stem: &str, args: &[Arg<'t>]
 }
 
 fn mul<'t>(p: &mut Parser<'t>, m: &mut Mods<'t>, args: &[Arg<'t>]) -> Result<Op, PtxError> {
-    count(p, m, args, 3)?;
+    count(p, args, 3)?;
     let (wide, hi, lo) = (m.has("wide"), m.has("hi"), m.has("lo"));
     let mode = mode(m);
     nearest(m);
-    let ty = m.ty()?;
+    let parts = usize::from(wide) + usize::from(hi) + usize::from(lo);
+    // An integer's product is cut or widened in one way.
+    let ty = typed(m, |ty| (parts == 0 && ty.float()) || (parts == 1 && integer(ty)))?;
     let (a, b) = (p.source(&args[1], ty)?, p.source(&args[2], ty)?);
     if wide {
         return Ok(Op::Wide { ty, d: p.reg(&args[0], 2 * ty.bits())?, a, b, c: None });
-    }
-    if !ty.float() && !hi && !lo {
-        return Err(m.unknown());
     }
     let op = if hi { BinaryOp::MulHi } else { BinaryOp::MulLo };
     Ok(Op::Binary { op, ty, mode, d: p.reg(&args[0], ty.bits())?, a, b })
 }
 
 fn mad<'t>(p: &mut Parser<'t>, m: &mut Mods<'t>, args: &[Arg<'t>]) -> Result<Op, PtxError> {
-    count(p, m, args, 4)?;
+    count(p, args, 4)?;
     let (wide, hi, lo) = (m.has("wide"), m.has("hi"), m.has("lo"));
     let mode = mode(m);
     nearest(m);
-    let ty = m.ty()?;
+    let parts = usize::from(wide) + usize::from(hi) + usize::from(lo);
+    // An integer's product is cut or widened in one way.
+    let ty = typed(m, |ty| (parts == 0 && ty.float()) || (parts == 1 && integer(ty)))?;
     let (a, b) = (p.source(&args[1], ty)?, p.source(&args[2], ty)?);
     if wide {
         let (bits, sum) = (2 * ty.bits(), if ty.bits() == 32 { Type::B64 } else { Type::B32 });
         return Ok(Op::Wide { ty, d: p.reg(&args[0], bits)?, a, b, c: Some(p.source(&args[3], sum)?) });
     }
-    let op = match (ty.float(), hi, lo) {
-        (true, false, false) => TernaryOp::Fma,
-        (false, true, _) => TernaryOp::MadHi,
-        (false, false, true) => TernaryOp::MadLo,
-        _ => return Err(m.unknown()),
+    let op = match (ty.float(), hi) {
+        (true, _) => TernaryOp::Fma,
+        (false, true) => TernaryOp::MadHi,
+        (false, false) => TernaryOp::MadLo,
     };
     Ok(Op::Ternary { op, ty, mode, d: p.reg(&args[0], ty.bits())?, a, b, c: p.source(&args[3], ty)? })
 }
@@ -261,9 +283,14 @@ fn three<'t>(
     mode: FloatMode,
     args: &[Arg<'t>],
 ) -> Result<Op, PtxError> {
-    let ty = m.ty()?;
-    count(p, m, args, 4)?;
-    // The bit positions of `bfe` and the count of a funnel shift have 32 bits.
+    let ty = typed(m, |ty| match op {
+        TernaryOp::Fma => ty.float(),
+        TernaryOp::Bfe => integer(ty) && ty.bits() > 16,
+        TernaryOp::Dp4a(..) => true,
+        _ => ty == Type::B32,
+    })?;
+    count(p, args, 4)?;
+    // The bit positions of `bfe` have 32 bits.
     let short = matches!(op, TernaryOp::Bfe);
     let (b_ty, c_ty) = if short { (Type::U32, Type::U32) } else { (ty, ty) };
     Ok(Op::Ternary {
@@ -293,12 +320,13 @@ fn bits<'t>(p: &mut Parser<'t>, m: &mut Mods<'t>, stem: &str, args: &[Arg<'t>]) 
         }
         "lop3" => {
             let Some((table, args)) = args.split_last() else { return Err(m.unknown()) };
-            let table = p.immediate(table)? as u8;
+            let table = p.immediate(table, 255)? as u8;
             three(p, m, TernaryOp::Lop3(table), mode, args)
         }
         // `dp4a.a.b`: the types of a and b; the sum is signed if either is.
         _ => {
-            let (a, b) = (m.ty()?, m.ty()?);
+            let four = |ty| matches!(ty, Type::U32 | Type::S32);
+            let (a, b) = (typed(m, four)?, typed(m, four)?);
             m.left.push(if a.signed() || b.signed() { "s32" } else { "u32" });
             three(p, m, TernaryOp::Dp4a(a.signed(), b.signed()), mode, args)
         }
@@ -306,7 +334,7 @@ fn bits<'t>(p: &mut Parser<'t>, m: &mut Mods<'t>, stem: &str, args: &[Arg<'t>]) 
 }
 
 fn unary<'t>(p: &mut Parser<'t>, m: &mut Mods<'t>, stem: &str, args: &[Arg<'t>]) -> Result<Op, PtxError> {
-    count(p, m, args, 2)?;
+    count(p, args, 2)?;
     if m.has("pred") {
         if stem != "not" {
             return Err(m.unknown());
@@ -315,7 +343,14 @@ fn unary<'t>(p: &mut Parser<'t>, m: &mut Mods<'t>, stem: &str, args: &[Arg<'t>])
     }
     let mode = mode(m);
     nearest(m);
-    let ty = m.ty()?;
+    let ty = typed(m, |ty| match stem {
+        "neg" | "abs" => ty.float() || ty.signed() && ty.bits() > 8,
+        "not" | "cnot" => bare(ty),
+        "popc" | "clz" | "brev" => matches!(ty, Type::B32 | Type::B64),
+        "ex2" | "tanh" => ty.float() && ty != Type::F64,
+        "lg2" | "sin" | "cos" => ty == Type::F32,
+        _ => matches!(ty, Type::F32 | Type::F64),
+    })?;
     let op = match stem {
         "neg" => UnaryOp::Neg,
         "abs" => UnaryOp::Abs,
@@ -365,7 +400,7 @@ fn setp<'t>(p: &mut Parser<'t>, m: &mut Mods<'t>, args: &[Arg<'t>]) -> Result<Op
     });
     let ftz = m.has("ftz");
     let ty = m.ty()?;
-    count(p, m, args, if logic.is_some() { 4 } else { 3 })?;
+    count(p, args, if logic.is_some() { 4 } else { 3 })?;
     let (d, other) = match args[0] {
         Arg::Pair(d, other) => {
             let name = |name| Arg::Name { name, negated: false };
@@ -386,7 +421,7 @@ fn setp<'t>(p: &mut Parser<'t>, m: &mut Mods<'t>, args: &[Arg<'t>]) -> Result<Op
 
 fn selp<'t>(p: &mut Parser<'t>, m: &mut Mods<'t>, args: &[Arg<'t>]) -> Result<Op, PtxError> {
     let ty = m.ty()?;
-    count(p, m, args, 4)?;
+    count(p, args, 4)?;
     let d = p.reg(&args[0], ty.bits())?;
     Ok(Op::Selp { d, a: p.source(&args[1], ty)?, b: p.source(&args[2], ty)?, p: pred(p, &args[3])? })
 }
@@ -410,11 +445,11 @@ fn cvt<'t>(p: &mut Parser<'t>, m: &mut Mods<'t>, args: &[Arg<'t>]) -> Result<Op,
     let (to, from) = (m.ty()?, m.ty()?);
     if matches!(to, Type::Bf16x2 | Type::F16x2) {
         let (Some(rounding), Type::F32) = (rounding, from) else { return Err(m.unknown()) };
-        count(p, m, args, 3)?;
+        count(p, args, 3)?;
         let (d, a) = (p.reg(&args[0], 32)?, p.source(&args[1], Type::F32)?);
         return Ok(Op::CvtPair { to, rounding, relu: mode.relu, d, a, b: p.source(&args[2], Type::F32)? });
     }
-    count(p, m, args, 2)?;
+    count(p, args, 2)?;
     // A wider register may hold a narrower value (PTX ISA, "Operand Size Exceeding Instruction-Type Size").
     let d = loose(p, &args[0], to)?;
     let a = match &args[1] {
@@ -461,7 +496,8 @@ fn order(m: &mut Mods<'_>, default: Order) -> Order {
         Some(match part {
             "weak" => Order::Weak,
             "nc" => Order::NonCoherent,
-            "volatile" | "relaxed" => Order::Relaxed,
+            "relaxed" => Order::Relaxed,
+            "volatile" => Order::Volatile,
             "acquire" => Order::Acquire,
             "release" => Order::Release,
             "acq_rel" => Order::AcquireRelease,
@@ -471,14 +507,42 @@ fn order(m: &mut Mods<'_>, default: Order) -> Order {
     .unwrap_or(default)
 }
 
-/// What tells a cache what to keep, which changes no result. A policy is one more operand.
+/// What tells a cache what to keep, which changes no result.
+#[rustfmt::skip] // a table
+const CACHE_HINTS: [&str; 18] = [
+    "ca", "cg", "cs", "lu", "cv", "wb", "wt", "L1::evict_normal", "L1::evict_unchanged", "L1::evict_first",
+    "L1::evict_last", "L1::no_allocate", "L2::evict_normal", "L2::evict_first", "L2::evict_last", "L2::64B",
+    "L2::128B", "L2::256B",
+];
+
+/// Takes the hints; gives whether a policy is one more operand, the last.
 fn cache_hints(m: &mut Mods<'_>) -> bool {
-    let hint = |part: &str| {
-        matches!(part, "ca" | "cg" | "cs" | "lu" | "cv" | "wb" | "wt")
-            || (part.starts_with("L1::") || part.starts_with("L2::")) && part != "L2::cache_hint"
-    };
-    m.left.retain(|part| !hint(part));
+    m.left.retain(|part| !CACHE_HINTS.contains(part));
     m.has("L2::cache_hint")
+}
+
+fn cache_policy<'t>(p: &mut Parser<'t>, policy: bool, args: &[Arg<'t>]) -> Result<(), PtxError> {
+    match args.last() {
+        Some(last) if policy => p.source(last, Type::B64).map(drop),
+        _ => Ok(()),
+    }
+}
+
+/// What loads and stores have before their operands.
+struct Access {
+    order: Order,
+    space: Space,
+    scope: Scope,
+    policy: bool,
+    count: usize,
+    ty: Type,
+}
+
+fn access(m: &mut Mods<'_>) -> Result<Access, PtxError> {
+    let order = order(m, Order::Weak);
+    let (space, scope) = (space(m), scope(m));
+    let (policy, count) = (cache_hints(m), vector(m));
+    Ok(Access { order, space, scope, policy, count, ty: m.ty()? })
 }
 
 fn vector(m: &mut Mods<'_>) -> usize {
@@ -495,17 +559,14 @@ fn cvta<'t>(p: &mut Parser<'t>, m: &mut Mods<'t>, args: &[Arg<'t>]) -> Result<Op
     let to = m.has("to");
     let space = space(m);
     let ty = m.ty()?;
-    count(p, m, args, 2)?;
+    count(p, args, 2)?;
     Ok(Op::Cvta { space, to, d: p.reg(&args[0], ty.bits())?, a: p.source(&args[1], ty)? })
 }
 
 fn load<'t>(p: &mut Parser<'t>, m: &mut Mods<'t>, args: &[Arg<'t>]) -> Result<Op, PtxError> {
-    let order = order(m, Order::Weak);
-    let (space, scope) = (space(m), scope(m));
-    let policy = cache_hints(m);
-    let count_ = vector(m);
-    let ty = m.ty()?;
-    count(p, m, args, if policy { 3 } else { 2 })?;
+    let Access { order, space, scope, policy, count: count_, ty } = access(m)?;
+    count(p, args, if policy { 3 } else { 2 })?;
+    cache_policy(p, policy, args)?;
     let d = match &args[0] {
         Arg::Vector(_) => p.regs(&args[0], ty.bits(), count_)?,
         // The register may be wider than what is loaded.
@@ -519,12 +580,9 @@ fn load<'t>(p: &mut Parser<'t>, m: &mut Mods<'t>, args: &[Arg<'t>]) -> Result<Op
 }
 
 fn store<'t>(p: &mut Parser<'t>, m: &mut Mods<'t>, args: &[Arg<'t>]) -> Result<Op, PtxError> {
-    let order = order(m, Order::Weak);
-    let (space, scope) = (space(m), scope(m));
-    let policy = cache_hints(m);
-    let count_ = vector(m);
-    let ty = m.ty()?;
-    count(p, m, args, if policy { 3 } else { 2 })?;
+    let Access { order, space, scope, policy, count: count_, ty } = access(m)?;
+    count(p, args, if policy { 3 } else { 2 })?;
+    cache_policy(p, policy, args)?;
     let a = match &args[1] {
         name @ Arg::Name { .. } if p.bits(name).is_some() && count_ == 1 => [loose(p, name, ty)?].into(),
         other => p.sources(other, ty, count_)?,
@@ -556,7 +614,7 @@ fn atomic<'t>(p: &mut Parser<'t>, m: &mut Mods<'t>, result: bool, args: &[Arg<'t
     let count_ = vector(m);
     let ty = m.ty()?;
     let cas = op == AtomicOp::Cas;
-    count(p, m, args, 2 + usize::from(result) + usize::from(cas))?;
+    count(p, args, 2 + usize::from(result) + usize::from(cas))?;
     let (d, rest) = if result { (p.reg_or_sink(&args[0], ty.bits())?, &args[1..]) } else { (None, args) };
     let address = p.address(&rest[0])?;
     let b = p.sources(&rest[1], ty, count_)?;
@@ -566,7 +624,7 @@ fn atomic<'t>(p: &mut Parser<'t>, m: &mut Mods<'t>, result: bool, args: &[Arg<'t
 
 fn branch<'t>(p: &mut Parser<'t>, m: &mut Mods<'t>, args: &[Arg<'t>]) -> Result<Op, PtxError> {
     m.has("uni");
-    count(p, m, args, 1)?;
+    count(p, args, 1)?;
     p.jump(&args[0])?;
     Ok(Op::Branch { target: 0 })
 }
@@ -574,22 +632,26 @@ fn branch<'t>(p: &mut Parser<'t>, m: &mut Mods<'t>, args: &[Arg<'t>]) -> Result<
 fn branch_indexed<'t>(p: &mut Parser<'t>, m: &mut Mods<'t>, args: &[Arg<'t>]) -> Result<Op, PtxError> {
     m.has("uni");
     need(m, "idx")?;
-    count(p, m, args, 2)?;
+    count(p, args, 2)?;
     p.jump(&args[1])?;
     Ok(Op::BranchIndexed { index: p.source(&args[0], Type::U32)?, targets: [].into() })
 }
 
 fn fence<'t>(p: &mut Parser<'t>, m: &mut Mods<'t>, args: &[Arg<'t>]) -> Result<Op, PtxError> {
-    count(p, m, args, 0)?;
-    _ = m.has("sc") || m.has("acq_rel") || m.has("release") || m.has("acquire");
-    Ok(Op::Fence { scope: scope(m) })
+    count(p, args, 0)?;
+    // `membar` is `fence.sc` (PTX ISA, "membar, fence"); a fence without a word is acquire and release.
+    let sequential = m.has("sc") || m.opcode.starts_with("membar");
+    if !sequential {
+        m.has("acq_rel");
+    }
+    Ok(Op::Fence { scope: scope(m), sequential })
 }
 
 fn barrier<'t>(p: &mut Parser<'t>, m: &mut Mods<'t>, args: &[Arg<'t>]) -> Result<Op, PtxError> {
     let aligned = m.has("aligned");
     if m.has("warp") {
         need(m, "sync")?;
-        count(p, m, args, 1)?;
+        count(p, args, 1)?;
         return Ok(Op::WarpSync { mask: p.source(&args[0], Type::B32)? });
     }
     // `bar` is aligned by itself. `barrier` without `.aligned` may be met lane by lane, which no kernel here does.
@@ -605,7 +667,7 @@ fn barrier<'t>(p: &mut Parser<'t>, m: &mut Mods<'t>, args: &[Arg<'t>]) -> Result
             ReduceOp::Or
         };
         need(m, "pred")?;
-        between(p, m, args, 3, 4)?;
+        between(p, args, 3, 4)?;
         let (d, a) = (p.pred(&args[0])?, pred(p, &args[args.len() - 1])?);
         let threads = if args.len() == 4 { Some(p.source(&args[2], Type::U32)?) } else { None };
         return Ok(Op::Barrier {
@@ -618,7 +680,7 @@ fn barrier<'t>(p: &mut Parser<'t>, m: &mut Mods<'t>, args: &[Arg<'t>]) -> Result
     if op == BarrierOp::Sync {
         need(m, "sync")?;
     }
-    between(p, m, args, if op == BarrierOp::Arrive { 2 } else { 1 }, 2)?;
+    between(p, args, if op == BarrierOp::Arrive { 2 } else { 1 }, 2)?;
     let id = p.source(&args[0], Type::U32)?;
     let threads = match args.get(1) {
         Some(arg) => Some(p.source(arg, Type::U32)?),
@@ -640,7 +702,7 @@ fn shuffle<'t>(p: &mut Parser<'t>, m: &mut Mods<'t>, args: &[Arg<'t>]) -> Result
         })
     });
     let Some(mode) = mode else { return Err(m.unknown()) };
-    count(p, m, args, 5)?;
+    count(p, args, 5)?;
     let (d, q) = match args[0] {
         Arg::Pair(d, q) => (p.reg(&plain(d), 32)?, Some(p.pred(&plain(q))?)),
         _ => (p.reg(&args[0], 32)?, None),
@@ -655,7 +717,7 @@ fn plain(name: &str) -> Arg<'_> {
 
 fn vote<'t>(p: &mut Parser<'t>, m: &mut Mods<'t>, args: &[Arg<'t>]) -> Result<Op, PtxError> {
     need(m, "sync")?;
-    count(p, m, args, 3)?;
+    count(p, args, 3)?;
     let mode = if m.has("ballot") {
         need(m, "b32")?;
         VoteMode::Ballot(p.reg(&args[0], 32)?)
@@ -680,7 +742,7 @@ fn match_sync<'t>(p: &mut Parser<'t>, m: &mut Mods<'t>, args: &[Arg<'t>]) -> Res
         return Err(m.unknown());
     }
     let ty = m.ty()?;
-    count(p, m, args, 3)?;
+    count(p, args, 3)?;
     let (d, q) = match args[0] {
         Arg::Pair(d, q) if all => (p.reg(&plain(d), 32)?, Some(p.pred(&plain(q))?)),
         _ => (p.reg(&args[0], 32)?, None),
@@ -693,7 +755,7 @@ fn redux<'t>(p: &mut Parser<'t>, m: &mut Mods<'t>, args: &[Arg<'t>]) -> Result<O
     need(m, "sync")?;
     let Some(op) = m.find(atomic_op) else { return Err(m.unknown()) };
     let ty = m.ty()?;
-    count(p, m, args, 3)?;
+    count(p, args, 3)?;
     let float = ty.float() || ty.bits() != 32;
     if float || matches!(op, AtomicOp::Exch | AtomicOp::Cas | AtomicOp::Inc | AtomicOp::Dec) {
         return Err(m.unknown());
@@ -750,7 +812,7 @@ fn mma<'t>(p: &mut Parser<'t>, m: &mut Mods<'t>, args: &[Arg<'t>]) -> Result<Op,
         return Err(m.unknown());
     }
     m.left.clear();
-    count(p, m, args, 4)?;
+    count(p, args, 4)?;
     // 32 bits hold two elements of A and B, or four of 8 bits.
     let per = if float { 2 } else { 4 };
     let (n_a, n_b, n_c) =
@@ -782,23 +844,26 @@ fn load_matrix<'t>(p: &mut Parser<'t>, m: &mut Mods<'t>, args: &[Arg<'t>]) -> Re
     let trans = m.has("trans");
     let space = space(m);
     let (Some(count_), Space::Shared) = (count_, space) else { return Err(m.unknown()) };
-    count(p, m, args, 2)?;
+    count(p, args, 2)?;
     Ok(Op::LoadMatrix { trans, d: p.regs(&args[0], 32, count_)?, address: p.address(&args[1])? })
 }
+
+/// Groups of copies that may be waited for: more than any ring has stages.
+const MOST_GROUPS: u32 = 64;
 
 fn copy<'t>(p: &mut Parser<'t>, m: &mut Mods<'t>, args: &[Arg<'t>]) -> Result<Op, PtxError> {
     need(m, "async")?;
     if m.has("commit_group") {
-        count(p, m, args, 0)?;
+        count(p, args, 0)?;
         return Ok(Op::CopyCommit);
     }
     if m.has("wait_all") {
-        count(p, m, args, 0)?;
+        count(p, args, 0)?;
         return Ok(Op::CopyWait(None));
     }
     if m.has("wait_group") {
-        count(p, m, args, 1)?;
-        return Ok(Op::CopyWait(Some(p.immediate(&args[0])? as u32)));
+        count(p, args, 1)?;
+        return Ok(Op::CopyWait(Some(p.immediate(&args[0], MOST_GROUPS)?)));
     }
     let whole = m.left.contains(&"cg");
     let policy = cache_hints(m);
@@ -807,11 +872,12 @@ fn copy<'t>(p: &mut Parser<'t>, m: &mut Mods<'t>, args: &[Arg<'t>]) -> Result<Op
         need(m, "shared::cta")?;
     }
     let plain = 3 + usize::from(policy);
-    between(p, m, args, plain, plain + 1)?;
-    let bytes = p.immediate(&args[2])? as u32;
+    between(p, args, plain, plain + 1)?;
+    let bytes = p.immediate(&args[2], 16)?;
     if !(matches!(bytes, 4 | 8 | 16) && (!whole || bytes == 16)) {
         return p.wrong_operand(&args[2], if whole { "16" } else { "4, 8 or 16" });
     }
     let size = if args.len() > plain { Some(p.source(&args[3], Type::U32)?) } else { None };
+    cache_policy(p, policy, args)?;
     Ok(Op::Copy { bytes, d: p.address(&args[0])?, a: p.address(&args[1])?, size })
 }

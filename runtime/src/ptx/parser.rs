@@ -57,6 +57,7 @@ enum Named {
     Reg { reg: Reg, bits: u32 },
     Pred(Pred),
     Shared(u32),
+    Dynamic,
     Param(u32),
 }
 
@@ -87,6 +88,8 @@ pub struct Parser<'t> {
     lists: HashMap<&'t str, Vec<&'t str>>,
     constants: HashMap<(bool, Constant), Reg>,
     kernel: Kernel,
+    /// Of the dynamic part of shared memory.
+    dynamic_align: u32,
     /// Instructions whose labels are not filled in: scopes they are in, the labels, the line.
     jumps: Vec<(usize, Vec<usize>, Vec<&'t str>)>,
     scopes_made: usize,
@@ -101,6 +104,7 @@ pub fn module(text: &str) -> Result<Module, PtxError> {
         lists: HashMap::new(),
         constants: HashMap::new(),
         kernel: empty_kernel(),
+        dynamic_align: 1,
         jumps: Vec::new(),
         scopes_made: 0,
     };
@@ -216,7 +220,11 @@ impl<'t> Parser<'t> {
                 }
                 ".visible" | ".weak" | ".extern" => {}
                 ".entry" => {
+                    let line = self.line();
                     let kernel = self.entry()?;
+                    if module.kernel(&kernel.name).is_some() {
+                        return Err(PtxError::Twice { line, name: kernel.name });
+                    }
                     module.kernels.push(kernel);
                 }
                 ".shared" => self.shared()?,
@@ -234,8 +242,8 @@ impl<'t> Parser<'t> {
                 _ => return self.wrong(token, "a directive"),
             }
         }
-        if module.target.is_empty() {
-            return self.wrong(self.peek(), "`.target`");
+        if module.version == (0, 0) || module.target.is_empty() {
+            return self.wrong(self.peek(), "`.version` and `.target`");
         }
         Ok(module)
     }
@@ -264,10 +272,21 @@ impl<'t> Parser<'t> {
                     return Err(PtxError::TooMany { line, what: "shared memory", found, limit: MAX_BYTES });
                 }
             }
-            None => self.kernel.dynamic_shared = begin,
+            // It begins behind all that have a size, which may still come.
+            None => self.dynamic_align = self.dynamic_align.max(align),
         }
-        self.scopes.last_mut().expect("the module's scope").names.insert(name, Named::Shared(begin));
-        Ok(())
+        let named = if bytes.is_some() { Named::Shared(begin) } else { Named::Dynamic };
+        self.declare(name, named)
+    }
+
+    /// Gives a name its meaning in the innermost scope.
+    fn declare(&mut self, name: &'t str, named: Named) -> Result<(), PtxError> {
+        let line = self.statement_line();
+        let scope = self.scopes.last_mut().expect("the module's scope");
+        match scope.names.insert(name, named).is_some() || scope.ranges.contains_key(name) {
+            true => Err(PtxError::Twice { line, name: name.to_string() }),
+            false => Ok(()),
+        }
     }
 
     /// `.align N .type`, in either order.
@@ -311,7 +330,7 @@ impl<'t> Parser<'t> {
     }
 
     fn entry(&mut self) -> Result<Kernel, PtxError> {
-        let module_shared = (self.kernel.static_shared, self.kernel.dynamic_shared);
+        let module_shared = (self.kernel.static_shared, self.dynamic_align);
         self.kernel.name = self.word("a kernel's name")?.to_string();
         let mut scope = Scope::default();
         if self.take("(") && !self.take(")") {
@@ -376,8 +395,9 @@ impl<'t> Parser<'t> {
         self.lists.clear();
         self.labels.clear();
         self.constants.clear();
+        self.kernel.dynamic_shared = self.kernel.static_shared.next_multiple_of(self.dynamic_align);
         let mut next = empty_kernel();
-        (next.static_shared, next.dynamic_shared) = module_shared;
+        (next.static_shared, self.dynamic_align) = module_shared;
         Ok(std::mem::replace(&mut self.kernel, next))
     }
 
@@ -423,11 +443,12 @@ impl<'t> Parser<'t> {
                     self.next();
                     self.shared()?;
                 }
-                ".pragma" | ".loc" => {
-                    let line = self.next().line;
-                    while self.peek().line == line && !matches!(self.peek().kind, Kind::End) {
+                ".pragma" => {
+                    self.next();
+                    while self.peek().kind == Kind::Text || self.peek().text == "," {
                         self.next();
                     }
+                    self.expect(";")?;
                 }
                 _ if token.kind == Kind::Word && token.text.starts_with('.') => {
                     return Err(PtxError::UnknownDirective {
@@ -464,8 +485,13 @@ impl<'t> Parser<'t> {
             }
             let scope = self.scopes.last_mut().expect("a kernel's scope");
             match count {
-                Some(count) => _ = scope.ranges.insert(name, Range { count, bits, first }),
-                None => _ = scope.names.insert(name, register(bits, first)),
+                Some(count) => {
+                    let twice = scope.ranges.insert(name, Range { count, bits, first }).is_some();
+                    if twice || scope.names.contains_key(name) {
+                        return Err(PtxError::Twice { line: self.statement_line(), name: name.to_string() });
+                    }
+                }
+                None => self.declare(name, register(bits, first))?,
             }
             if self.take(";") {
                 return Ok(());
@@ -662,7 +688,9 @@ impl<'t> Parser<'t> {
             Some(Named::Reg { reg, bits: found }) if fits(found, bits) => Ok(reg),
             Some(Named::Reg { bits: found, .. }) => self.width(name, width_name(found), width_name(bits)),
             Some(Named::Pred(_)) => self.width(name, width_name(1), width_name(bits)),
-            Some(Named::Shared(_) | Named::Param(_)) => self.wrong_operand(arg, "a register"),
+            Some(Named::Shared(_) | Named::Dynamic | Named::Param(_)) => {
+                self.wrong_operand(arg, "a register")
+            }
             None => self.undeclared(name, "a register"),
         }
     }
@@ -689,7 +717,9 @@ impl<'t> Parser<'t> {
         match self.lookup(name) {
             Some(Named::Pred(pred)) => Ok(pred),
             Some(Named::Reg { bits, .. }) => self.width(name, width_name(bits), width_name(1)),
-            Some(Named::Shared(_) | Named::Param(_)) => self.wrong_operand(arg, "a predicate"),
+            Some(Named::Shared(_) | Named::Dynamic | Named::Param(_)) => {
+                self.wrong_operand(arg, "a predicate")
+            }
             None => self.undeclared(name, "a predicate"),
         }
     }
@@ -732,6 +762,7 @@ impl<'t> Parser<'t> {
             Arg::Name { name, negated: false } => {
                 let constant = match self.lookup(name) {
                     Some(Named::Shared(offset)) => Constant::Shared(offset),
+                    Some(Named::Dynamic) => Constant::Dynamic(0),
                     Some(Named::Param(offset)) => Constant::Param(offset),
                     Some(Named::Reg { .. } | Named::Pred(_)) => return self.reg(arg, ty.bits()),
                     None => match special(name) {
@@ -742,11 +773,12 @@ impl<'t> Parser<'t> {
                 return self.constant(wide, constant);
             }
             Arg::Address { base: Some(name), offset } => {
-                let (Some(Named::Shared(begin)), Ok(offset)) = (self.lookup(name), u32::try_from(offset))
-                else {
-                    return self.wrong_operand(arg, "a register or a constant");
+                let constant = match (self.lookup(name), u32::try_from(offset)) {
+                    (Some(Named::Shared(begin)), Ok(offset)) => Constant::Shared(begin.wrapping_add(offset)),
+                    (Some(Named::Dynamic), Ok(offset)) => Constant::Dynamic(offset),
+                    _ => return self.wrong_operand(arg, "a register or a constant"),
                 };
-                return self.constant(wide, Constant::Shared(begin.wrapping_add(offset)));
+                return self.constant(wide, constant);
             }
             Arg::Int(value) if ty.float() && matches!(ty, Type::F32 | Type::F64) => {
                 float_bits(value as i64 as f64, ty)
@@ -762,10 +794,10 @@ impl<'t> Parser<'t> {
     }
 
     /// An integer that must be written out.
-    pub fn immediate(&self, arg: &Arg<'t>) -> Result<u64, PtxError> {
+    pub fn immediate(&self, arg: &Arg<'t>, limit: u32) -> Result<u32, PtxError> {
         match *arg {
-            Arg::Int(value) => Ok(value),
-            _ => self.wrong_operand(arg, "a constant"),
+            Arg::Int(value) if value <= u64::from(limit) => Ok(value as u32),
+            _ => self.wrong_operand(arg, &format!("a constant from 0 to {limit}")),
         }
     }
 
@@ -813,7 +845,7 @@ impl<'t> Parser<'t> {
             Arg::Name { name, .. } => match self.lookup(name)? {
                 Named::Reg { bits, .. } => Some(bits),
                 Named::Pred(_) => Some(1),
-                Named::Shared(_) | Named::Param(_) => None,
+                Named::Shared(_) | Named::Dynamic | Named::Param(_) => None,
             },
             _ => None,
         }
