@@ -42,8 +42,14 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         lowered.plan.entry_number(tokens, ir::plan::Give::Last).ok_or("no entry point for so many tokens")?;
     let graph = &lowered.entries[number].graph;
     let mut seen = std::collections::BTreeSet::new();
-    let mut bench =
-        Bench { level: &level, meter: Meter::new(threads), dtype, threads, tokens, memory: buffer()? };
+    let mut bench = Bench {
+        level: &level,
+        meter: Meter::new(threads),
+        dtype,
+        threads,
+        tokens,
+        memory: meter::memory(usize::MAX)?,
+    };
     println!("{preset} {dtype}, {tokens} tokens, {threads} threads, {}", level.cpu);
     for (view, launch) in GroupView::all(graph).iter().zip(&lowered.entries[number].launches) {
         let kernel = &lowered.kernels[launch.kernel];
@@ -98,11 +104,4 @@ impl Bench<'_> {
         );
         Ok(())
     }
-}
-
-/// Memory for the read ceiling, larger than every cache.
-fn buffer() -> Result<OwnedBuf, runtime::map::MapError> {
-    let mut buffer = OwnedBuf::zeroed(256 << 20, true)?;
-    buffer.fill(1);
-    Ok(buffer)
 }

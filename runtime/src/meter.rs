@@ -13,6 +13,7 @@ use std::hint::black_box;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
+use crate::map::{MapError, OwnedBuf};
 use crate::pool::Pool;
 
 /// What a dot product multiplies.
@@ -126,6 +127,19 @@ impl Meter {
 /// The largest of the samples; 0 if there are none.
 pub fn best(samples: &[f64]) -> f64 {
     samples.iter().copied().fold(0.0, f64::max)
+}
+
+/// Memory to read: `bytes`, but no more than it takes to be larger than every cache.
+///
+/// # Errors
+///
+/// If the system refuses it.
+pub fn memory(bytes: usize) -> Result<OwnedBuf, MapError> {
+    let large = cache_bytes().map_or(SAMPLE_BYTES, |cache| (4 * cache).clamp(64 << 20, SAMPLE_BYTES));
+    let mut memory = OwnedBuf::zeroed(bytes.clamp(1 << 16, large), true)?;
+    // Pages that were never written are all the same page of zeros.
+    memory.fill(1);
+    Ok(memory)
 }
 
 /// The middle of the samples; 0 if there are none.

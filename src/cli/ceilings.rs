@@ -6,7 +6,6 @@ use ir::DType;
 use llamac::predict::Ceilings;
 use runtime::device::DeviceError;
 use runtime::manifest::WEIGHTS;
-use runtime::map::OwnedBuf;
 use runtime::meter::{self, Dot, Meter};
 
 /// Samples of both ceilings.
@@ -49,19 +48,9 @@ pub fn read_weights(ready: &Ready, threads: usize, seconds: f64) -> f64 {
     meter::best(&Meter::new(threads).read(weights, seconds))
 }
 
-/// Memory to read: as much as the model's weights, but not more than it takes to be larger than every cache.
-pub fn buffer(weight_bytes: usize) -> Result<OwnedBuf, CliError> {
-    const MOST: usize = 256 << 20;
-    let large = runtime::meter::cache_bytes().map_or(MOST, |cache| (4 * cache).clamp(64 << 20, MOST));
-    let mut buffer = OwnedBuf::zeroed(weight_bytes.clamp(1 << 16, large), true).map_err(DeviceError::from)?;
-    // Pages that were never written are all the same page of zeros.
-    buffer.fill(1);
-    Ok(buffer)
-}
-
 /// Both ceilings, each for `seconds`, without a model.
 pub fn measure(threads: usize, dtype: DType, weight_bytes: usize, seconds: f64) -> Result<Samples, CliError> {
     let mut meter = Meter::new(threads);
-    let read = meter.read(&buffer(weight_bytes)?, seconds);
+    let read = meter.read(&meter::memory(weight_bytes).map_err(DeviceError::from)?, seconds);
     Ok(Samples { read, dot: meter.dot(dot_of(dtype), seconds) })
 }

@@ -180,15 +180,12 @@ const KEPT: usize = 8;
 impl Worker {
     fn new(setup: &Setup) -> Result<Worker, Box<dyn Error>> {
         let level = codegen::cpu::level(&setup.target)?;
-        let mut memory = OwnedBuf::zeroed(256 << 20, true)?;
-        // Pages that were never written are all the same page of zeros.
-        memory.fill(1);
         Ok(Worker {
             level,
             threads: setup.threads,
             tasks: setup.tasks()?,
             meter: Meter::new(setup.threads),
-            memory,
+            memory: meter::memory(usize::MAX)?,
             dot: if setup.dtype == DType::BF16 { Dot::Bf16 } else { Dot::F32 },
             at: 0,
             operands: None,
