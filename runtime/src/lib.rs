@@ -11,7 +11,8 @@
 //!   that does.
 //! * [`interpreter`]: the oracle as a device; [`null`]: the device that only checks.
 //! * [`meter`]: how fast this machine can read and multiply, which is what speeds are measured against.
-//! * [`ptx`]: PTX text as a typed module: every instruction that kernels use, by name.
+//! * [`ptx`]: PTX text as a typed module: every instruction that kernels use, by name; [`emulator`] runs it, and says what
+//!   is wrong with it.
 //! * [`sample`]: the next token from logits.
 //! * [`text`]: text from the bytes of tokens, as they come.
 //! * [`generate`]: the loop over all of these.
@@ -22,6 +23,7 @@ pub mod artifact;
 pub mod code;
 pub mod cpu;
 pub mod device;
+pub mod emulator;
 pub mod generate;
 pub mod interpreter;
 pub mod manifest;

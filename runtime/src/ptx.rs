@@ -1,4 +1,4 @@
-//! PTX text as a typed module. It knows the instructions of sm_80 that kernels use; there is nothing yet that runs them.
+//! PTX text as a typed module: the instructions of sm_80 that kernels use. `emulator` runs it.
 //!
 //! * Takes: what LLVM's NVPTX back end writes for sm_80 to sm_120, and the inline assembly in it.
 //! * Gives: kernels whose registers, labels and constants are resolved, each instruction with its line.

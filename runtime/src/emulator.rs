@@ -1,0 +1,323 @@
+//! Runs PTX kernels on the CPU, and says what is wrong with them.
+//!
+//! A kernel's results are one thing to judge it by; here a kernel is also judged by what no result shows: an access outside
+//! an allocation, bytes or registers that nobody wrote, lanes missing at an instruction that needs them all, a barrier
+//! that never opens. Such a thing ends the launch with a [`Report`].
+//!
+//! * Takes: a kernel as [`crate::ptx`] reads it, its parameter buffer, a [`Memory`].
+//! * Gives: the memory as the kernel leaves it, and [`Counts`]; or the first thing that is wrong.
+//! * Never: depends on anything but its arguments. One seed gives one schedule and one report.
+//! * Meaning: the *PTX ISA*. Where that leaves something open, the file that decides says so.
+//!
+//! In reading order: this file (what a caller sees), `program` (a kernel made ready), `flow` (where lanes meet again),
+//! `memory`, `arithmetic`, `float`, `matrix` (what instructions compute), `access` (loads and stores), `warp` (a warp and
+//! its instructions), `grid` (CTAs, barriers, the schedule).
+
+mod access;
+mod arithmetic;
+mod counts;
+mod float;
+mod flow;
+mod grid;
+mod matrix;
+mod memory;
+mod program;
+mod warp;
+
+pub use counts::{Class, Counts, KernelCounts};
+pub use memory::Memory;
+pub use program::Program;
+
+use crate::ptx::{Kernel, Space};
+use std::fmt;
+use std::str::FromStr;
+
+/// What is known of a machine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Sm {
+    /// A100.
+    Sm80,
+    /// Ada consumer GPUs, as L4 and RTX 4090.
+    Sm89,
+    /// H100, H200, with the instructions of that architecture alone.
+    Sm90a,
+    /// Blackwell consumer GPUs.
+    Sm120,
+}
+
+impl Sm {
+    /// All, with the names that `.target` has for them and the bytes of shared memory that a CTA may use (CUDA C++
+    /// Programming Guide, "Technical Specifications per Compute Capability").
+    const ALL: [(Sm, &str, u32); 4] = [
+        (Sm::Sm80, "sm_80", 163 << 10),
+        (Sm::Sm89, "sm_89", 99 << 10),
+        (Sm::Sm90a, "sm_90a", 227 << 10),
+        (Sm::Sm120, "sm_120", 99 << 10),
+    ];
+
+    fn row(self) -> (Sm, &'static str, u32) {
+        *Sm::ALL.iter().find(|(sm, ..)| *sm == self).expect("every machine has a row")
+    }
+
+    /// Its name in PTX.
+    pub fn name(self) -> &'static str {
+        self.row().1
+    }
+
+    /// Bytes of shared memory that a CTA may use at most, static and dynamic.
+    pub fn shared_bytes(self) -> u32 {
+        self.row().2
+    }
+}
+
+/// No machine has that name.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("`{0}` is no machine that is emulated; there are sm_80, sm_89, sm_90a and sm_120")]
+pub struct UnknownSm(pub String);
+
+impl FromStr for Sm {
+    type Err = UnknownSm;
+
+    fn from_str(name: &str) -> Result<Sm, UnknownSm> {
+        let row = Sm::ALL.iter().find(|(_, known, _)| *known == name);
+        row.map(|&(sm, ..)| sm).ok_or_else(|| UnknownSm(name.to_string()))
+    }
+}
+
+/// How matrix instructions add.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Sums {
+    /// Terms of a block aligned to the largest and cut off, as tensor cores do it.
+    #[default]
+    Truncated,
+    /// Without error, rounded once.
+    Exact,
+}
+
+/// What a launch depends on beside kernel, grid and memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Options {
+    /// The machine.
+    pub sm: Sm,
+    /// Chooses among the schedules that the ISA allows.
+    pub seed: u64,
+    /// How matrix instructions add.
+    pub sums: Sums,
+}
+
+/// The shape of a launch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Grid {
+    /// CTAs in x, y, z.
+    pub ctas: [u32; 3],
+    /// Threads of a CTA in x, y, z.
+    pub threads: [u32; 3],
+    /// CTAs of a cluster; 1 where there are none.
+    pub cluster: u32,
+    /// Bytes of dynamic shared memory.
+    pub dynamic_shared: u32,
+}
+
+/// Runs a kernel to its end. Who launches it often makes a [`Program`] of it once.
+///
+/// # Errors
+///
+/// [`Report`]: the first thing that is wrong. Memory is then as the kernel had it at that moment.
+pub fn launch(
+    kernel: &Kernel,
+    grid: &Grid,
+    params: &[u8],
+    memory: &mut Memory,
+    options: &Options,
+) -> Result<Counts, Report> {
+    Program::new(kernel).launch(grid, params, memory, options)
+}
+
+impl Program {
+    /// As [`launch`].
+    ///
+    /// # Errors
+    ///
+    /// As [`launch`].
+    pub fn launch(
+        &self,
+        grid: &Grid,
+        params: &[u8],
+        memory: &mut Memory,
+        options: &Options,
+    ) -> Result<Counts, Report> {
+        grid::run(self, grid, params, memory, options).map_err(|report| *report)
+    }
+}
+
+/// Something wrong, and where.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Report {
+    /// The kernel.
+    pub kernel: String,
+    /// Line of the PTX text; 0 before the first instruction.
+    pub line: u32,
+    /// The CTA, in x, y, z.
+    pub cta: [u32; 3],
+    /// The warp in the CTA.
+    pub warp: u32,
+    /// The lane in the warp, if it is one lane's fault.
+    pub lane: Option<u32>,
+    /// What.
+    pub fault: Fault,
+}
+
+impl std::error::Error for Report {}
+
+impl fmt::Display for Report {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Report { kernel, line, cta: [x, y, z], warp, lane, fault } = self;
+        write!(f, "{kernel}, line {line}, CTA ({x}, {y}, {z}), warp {warp}")?;
+        if let Some(lane) = lane {
+            write!(f, ", lane {lane}")?;
+        }
+        write!(f, ": {fault}")
+    }
+}
+
+/// What is wrong.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Fault {
+    /// An access that does not lie in one allocation.
+    #[error("{bytes} bytes of {} at {address:#x}: {near}", named(*.space))]
+    OutOfBounds {
+        /// Where.
+        space: Space,
+        /// The address in that space.
+        address: u64,
+        /// Bytes of the access.
+        bytes: u32,
+        /// Where that is, seen from the nearest allocation.
+        near: String,
+    },
+    /// An address that is no multiple of what the access needs.
+    #[error("{} at {address:#x} is not aligned to {align} bytes", named(*.space))]
+    Misaligned {
+        /// Where.
+        space: Space,
+        /// The address.
+        address: u64,
+        /// What it should be a multiple of.
+        align: u32,
+    },
+    /// A read of a byte that nobody wrote.
+    #[error("byte {at} of {of} is read, and nobody wrote it")]
+    Unwritten {
+        /// Which byte.
+        at: u64,
+        /// Of what.
+        of: String,
+    },
+    /// A write to memory that was lent to be read.
+    #[error("a write to `{name}`, which may only be read")]
+    ReadOnly {
+        /// The allocation.
+        name: String,
+    },
+    /// An operand that has no value in that lane.
+    #[error("{register} is not defined")]
+    Undefined {
+        /// Its name in the text.
+        register: String,
+    },
+    /// Lanes are missing at an instruction that needs them all.
+    #[error("lanes {expected:#010x} must run it together, lanes {found:#010x} do")]
+    Divergent {
+        /// A bit for every lane that must be there.
+        expected: u32,
+        /// A bit for every lane that is.
+        found: u32,
+    },
+    /// A shuffle that reads a lane that takes no part.
+    #[error("it reads lane {of}, which takes no part")]
+    AbsentLane {
+        /// The lane that is read.
+        of: u32,
+    },
+    /// An operand of a barrier that no barrier can have.
+    #[error("barrier {id}: {problem}")]
+    Barrier {
+        /// The barrier.
+        id: u32,
+        /// What is wrong with it.
+        problem: String,
+    },
+    /// Everybody waits.
+    #[error("deadlock: {}", waiting_text(.waiting))]
+    Deadlock {
+        /// The warps that wait.
+        waiting: Vec<Waiting>,
+    },
+    /// Warps run and nothing comes of it.
+    #[error("nothing was written in {instructions} instructions: it waits for ever")]
+    Endless {
+        /// Instructions without an effect.
+        instructions: u64,
+    },
+    /// The kernel's own `trap`.
+    #[error("trap")]
+    Trap,
+    /// More than the machine has.
+    #[error("{what}: {asked}, at most {limit}")]
+    TooManyResources {
+        /// Of what.
+        what: &'static str,
+        /// How much the launch needs.
+        asked: u64,
+        /// How much there is.
+        limit: u64,
+    },
+    /// A launch that the kernel does not allow.
+    #[error("{what}: the kernel has {expected}, the launch {found}")]
+    Launch {
+        /// What differs.
+        what: &'static str,
+        /// As the kernel has it.
+        expected: u64,
+        /// As the launch has it.
+        found: u64,
+    },
+    /// Something that is not emulated.
+    #[error("{what} is not supported")]
+    Unsupported {
+        /// What.
+        what: &'static str,
+    },
+}
+
+/// A warp that waits.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Waiting {
+    /// The CTA.
+    pub cta: [u32; 3],
+    /// The warp in it.
+    pub warp: u32,
+    /// Where it waits.
+    pub line: u32,
+    /// For which barrier.
+    pub barrier: u32,
+}
+
+/// One line for any number of warps.
+fn waiting_text(waiting: &[Waiting]) -> String {
+    let one = |w: &Waiting| format!("warp {} in line {} for barrier {}", w.warp, w.line, w.barrier);
+    let shown: Vec<String> = waiting.iter().take(4).map(one).collect();
+    let more = waiting.len().saturating_sub(shown.len());
+    format!("{}{}", shown.join(", "), if more > 0 { format!(" and {more} more") } else { String::new() })
+}
+
+/// What a memory is called in a report.
+fn named(space: Space) -> &'static str {
+    match space {
+        Space::Generic => "memory",
+        Space::Global => "global memory",
+        Space::Shared => "shared memory",
+        Space::Param => "the parameters",
+        Space::Const => "constant memory",
+    }
+}

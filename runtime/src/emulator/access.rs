@@ -1,0 +1,334 @@
+//! Loads and stores of a warp: addresses, bounds, alignment, and what was written before it is read.
+
+use super::Fault;
+use super::arithmetic::{LANES, Wide};
+use super::counts::KernelCounts;
+use super::memory::{Bytes, Memory};
+use crate::ptx::Space;
+
+/// Where shared memory lies among generic addresses.
+pub const SHARED_WINDOW: u64 = 1 << 24;
+/// Where the parameters lie among generic addresses.
+pub const PARAM_WINDOW: u64 = 1 << 28;
+/// Bytes of a window.
+const WINDOW_BYTES: u64 = 1 << 24;
+/// Banks of shared memory, 4 bytes wide.
+const BANKS: u64 = 32;
+/// Bytes that global memory moves at least.
+const SECTOR_BYTES: u64 = 32;
+
+/// Something wrong, and the lane if it is one's.
+#[derive(Debug)]
+pub struct Found {
+    pub lane: Option<u32>,
+    pub fault: Fault,
+}
+
+/// What may be wrong; boxed, as it seldom is.
+pub type Checked<T> = Result<T, Box<Found>>;
+
+/// A fault of one lane.
+pub fn at_lane(lane: u32, fault: Fault) -> Box<Found> {
+    Box::new(Found { lane: Some(lane), fault })
+}
+
+/// A fault of the whole warp.
+pub fn of_warp(fault: Fault) -> Box<Found> {
+    Box::new(Found { lane: None, fault })
+}
+
+/// All that the instructions of a CTA can reach.
+pub struct Reach<'a> {
+    pub memory: &'a mut Memory,
+    pub shared: &'a mut Bytes,
+    pub params: &'a [u8],
+    pub counts: &'a mut KernelCounts,
+}
+
+/// What lanes access together: `bytes` bytes each, at addresses of one space.
+#[derive(Clone, Copy)]
+pub struct Access {
+    pub space: Space,
+    pub addresses: Wide,
+    pub mask: u32,
+    pub bytes: u32,
+}
+
+/// Lanes `first..first + lanes`, whose bytes lie one behind the other from `address` on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Run {
+    pub first: u32,
+    pub lanes: u32,
+    pub address: u64,
+}
+
+impl Access {
+    /// An access whose space is known, aligned to its size.
+    pub fn new(space: Space, addresses: Wide, mask: u32, bytes: u32) -> Checked<Access> {
+        let mut access = Access { space, addresses, mask, bytes };
+        if space == Space::Generic {
+            access.find_space()?;
+        }
+        let misaligned =
+            super::arithmetic::map(&access.addresses, |address| address & u64::from(bytes - 1) != 0);
+        let lanes = super::arithmetic::bits(&misaligned) & mask;
+        if lanes != 0 {
+            let lane = lanes.trailing_zeros();
+            let address = access.addresses[lane as usize];
+            return Err(at_lane(lane, Fault::Misaligned { space: access.space, address, align: bytes }));
+        }
+        Ok(access)
+    }
+
+    /// The space that generic addresses point to. All lanes must agree, as they do where code is generated.
+    fn find_space(&mut self) -> Checked<()> {
+        let space = |address: u64| match address {
+            SHARED_WINDOW.. if address < SHARED_WINDOW + WINDOW_BYTES => (Space::Shared, SHARED_WINDOW),
+            PARAM_WINDOW.. if address < PARAM_WINDOW + WINDOW_BYTES => (Space::Param, PARAM_WINDOW),
+            _ => (Space::Global, 0),
+        };
+        let mut known = None;
+        for lane in lanes(self.mask) {
+            let (found, window) = space(self.addresses[lane as usize]);
+            if *known.get_or_insert(found) != found {
+                let what = "an instruction whose lanes access different spaces";
+                return Err(at_lane(lane, Fault::Unsupported { what }));
+            }
+            self.addresses[lane as usize] -= window;
+        }
+        self.space = known.unwrap_or(Space::Global);
+        Ok(())
+    }
+
+    /// The runs, by lane.
+    pub fn runs(&self) -> impl Iterator<Item = Run> {
+        let Access { addresses, bytes, mut mask, .. } = *self;
+        std::iter::from_fn(move || {
+            let first = (mask != 0).then(|| mask.trailing_zeros())?;
+            let address = addresses[first as usize];
+            let mut end = first + 1;
+            let mut next = address.wrapping_add(u64::from(bytes));
+            while end < LANES as u32 && mask >> end & 1 == 1 && addresses[end as usize] == next {
+                next = next.wrapping_add(u64::from(bytes));
+                end += 1;
+            }
+            mask &= u32::MAX.checked_shl(end).unwrap_or(0);
+            Some(Run { first, lanes: end - first, address })
+        })
+    }
+}
+
+/// The lanes of a mask.
+pub fn lanes(mut mask: u32) -> impl Iterator<Item = u32> {
+    std::iter::from_fn(move || {
+        let lane = (mask != 0).then(|| mask.trailing_zeros())?;
+        mask &= mask - 1;
+        Some(lane)
+    })
+}
+
+/// Where so many bytes of shared memory are.
+fn in_shared(shared: &Bytes, address: u64, bytes: usize) -> Result<std::ops::Range<usize>, Fault> {
+    let end = address.checked_add(bytes as u64).filter(|&end| end <= shared.len() as u64);
+    match end {
+        Some(end) => Ok(address as usize..end as usize),
+        None => Err(Fault::OutOfBounds {
+            space: Space::Shared,
+            address,
+            bytes: bytes as u32,
+            near: format!("the CTA has {} bytes", shared.len()),
+        }),
+    }
+}
+
+impl Reach<'_> {
+    /// The bytes of a run, all of them written before. `bytes` a lane.
+    pub fn read(&self, space: Space, run: Run, bytes: u32) -> Checked<&[u8]> {
+        let len = (run.lanes * bytes) as usize;
+        let (all, range, index) = match space {
+            Space::Shared => {
+                let range = self.bounded(run, bytes, |address, len| in_shared(self.shared, address, len))?;
+                (&*self.shared, range, None)
+            }
+            Space::Param | Space::Const | Space::Generic => {
+                let start = usize::try_from(run.address).ok();
+                let found = start.and_then(|start| self.params.get(start..start.checked_add(len)?));
+                return found.ok_or_else(|| {
+                    let near = format!("there are {} bytes", self.params.len());
+                    at_lane(run.first, Fault::OutOfBounds { space, address: run.address, bytes, near })
+                });
+            }
+            Space::Global => {
+                let (index, range) =
+                    self.bounded(run, bytes, |address, len| self.memory.locate(address, len))?;
+                (self.memory.bytes(index), range, Some(index))
+            }
+        };
+        if let Some(at) = all.first_unwritten(range.clone()) {
+            let lane = run.first + (at - range.start) as u32 / bytes;
+            let of = index.map_or("shared memory".into(), |index| format!("`{}`", self.memory.name(index)));
+            return Err(at_lane(lane, Fault::Unwritten { at: at as u64, of }));
+        }
+        Ok(&all.all()[range])
+    }
+
+    /// Looks a whole run up, and if that fails its lanes, to name the one that is wrong.
+    fn bounded<T>(&self, run: Run, bytes: u32, find: impl Fn(u64, usize) -> Result<T, Fault>) -> Checked<T> {
+        find(run.address, (run.lanes * bytes) as usize).map_err(|whole| {
+            let lane = |at: u32| {
+                let fault = find(run.address.wrapping_add(u64::from(at * bytes)), bytes as usize).err()?;
+                Some(at_lane(run.first + at, fault))
+            };
+            // Lanes that are all right by themselves, but not together, cross from one allocation to the next: impossible
+            // with guards between them.
+            (0..run.lanes).find_map(lane).unwrap_or_else(|| at_lane(run.first, whole))
+        })
+    }
+
+    /// Writes the bytes of a run.
+    pub fn write(&mut self, space: Space, run: Run, bytes: u32, from: &[u8]) -> Checked<()> {
+        let (to, range) = self.target(space, run, bytes)?;
+        to.mark(range.clone(), true);
+        to.all_mut().expect("a target can be written")[range].copy_from_slice(from);
+        Ok(())
+    }
+
+    /// Where a run is written.
+    pub fn target(
+        &mut self,
+        space: Space,
+        run: Run,
+        bytes: u32,
+    ) -> Checked<(&mut Bytes, std::ops::Range<usize>)> {
+        match space {
+            Space::Shared => {
+                let range = self.bounded(run, bytes, |address, len| in_shared(self.shared, address, len))?;
+                Ok((self.shared, range))
+            }
+            Space::Global => {
+                let (index, range) =
+                    self.bounded(run, bytes, |address, len| self.memory.locate(address, len))?;
+                if self.memory.bytes_mut(index).all_mut().is_none() {
+                    let name = self.memory.name(index).to_string();
+                    return Err(at_lane(run.first, Fault::ReadOnly { name }));
+                }
+                Ok((self.memory.bytes_mut(index), range))
+            }
+            Space::Param | Space::Const | Space::Generic => {
+                Err(at_lane(run.first, Fault::Unsupported { what: "a write to parameters or constants" }))
+            }
+        }
+    }
+
+    /// Counts an access: its bytes, and the sectors or the passes over the banks that it takes.
+    pub fn count(&mut self, access: &Access, written: bool) {
+        let bytes = u64::from(access.mask.count_ones() * access.bytes);
+        self.counts.moved(access.space, written, bytes);
+        match access.space {
+            Space::Global => self.counts.sectors += sectors(access),
+            Space::Shared => {
+                let (passes, least) = passes(access);
+                self.counts.shared_passes += passes;
+                self.counts.bank_conflicts += passes - least;
+            }
+            Space::Param | Space::Const | Space::Generic => {}
+        }
+    }
+}
+
+/// Sectors that an access touches.
+fn sectors(access: &Access) -> u64 {
+    let mut last = 0;
+    let mut sorted = true;
+    let mut count = 0;
+    for run in access.runs() {
+        let begin = run.address / SECTOR_BYTES;
+        let end = (run.address + u64::from(run.lanes * access.bytes)).div_ceil(SECTOR_BYTES);
+        sorted &= begin + 1 >= last;
+        count += end - begin.max(last).min(end);
+        last = end;
+    }
+    if sorted {
+        return count;
+    }
+    let mut all: Vec<u64> =
+        lanes(access.mask).map(|lane| access.addresses[lane as usize] / SECTOR_BYTES).collect();
+    all.sort_unstable();
+    all.dedup();
+    all.len() as u64
+}
+
+/// Passes over the banks that an access takes, and that it would take without conflicts. Lanes are served as many at a time
+/// as fill 128 bytes.
+fn passes(access: &Access) -> (u64, u64) {
+    let at_once = (128 / access.bytes).clamp(1, LANES as u32);
+    let words = u64::from(access.bytes.div_ceil(4));
+    let (mut passes, mut least) = (0, 0);
+    for begin in (0..LANES as u32).step_by(at_once as usize) {
+        let mask = access.mask >> begin & (u32::MAX >> (LANES as u32 - at_once));
+        if mask == 0 {
+            continue;
+        }
+        least += 1;
+        // The word that each bank has been asked for, and how often for another.
+        let mut asked = [u64::MAX; BANKS as usize];
+        let mut others: Vec<u64> = Vec::new();
+        for lane in lanes(mask) {
+            let first = access.addresses[(begin + lane) as usize] / 4;
+            for word in first..first + words {
+                let bank = &mut asked[(word % BANKS) as usize];
+                if *bank == u64::MAX {
+                    *bank = word;
+                } else if *bank != word && !others.contains(&word) {
+                    others.push(word);
+                }
+            }
+        }
+        let worst = (0..BANKS).map(|bank| others.iter().filter(|&&word| word % BANKS == bank).count()).max();
+        passes += 1 + if others.is_empty() { 0 } else { worst.unwrap_or(0) as u64 };
+    }
+    (passes, least)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn shared(bytes: u32, address: impl Fn(u64) -> u64) -> Access {
+        let addresses = std::array::from_fn(|lane| address(lane as u64));
+        Access { space: Space::Shared, addresses, mask: u32::MAX, bytes }
+    }
+
+    #[test]
+    fn banks_are_counted() {
+        assert_eq!(passes(&shared(4, |lane| 4 * lane)), (1, 1));
+        assert_eq!(passes(&shared(4, |lane| 128 * lane)), (32, 1));
+        assert_eq!(passes(&shared(4, |_| 64)), (1, 1));
+        assert_eq!(passes(&shared(16, |lane| 16 * lane)), (4, 4));
+        assert_eq!(passes(&shared(16, |lane| 128 * (lane % 8))), (32, 4));
+        // The usual swizzle: row `r` has its chunk at `r & 7`.
+        assert_eq!(passes(&shared(16, |lane| 128 * lane + 16 * (lane & 7))), (4, 4));
+    }
+
+    #[test]
+    fn sectors_are_counted() {
+        let global = |bytes, address: fn(u64) -> u64| {
+            sectors(&Access { space: Space::Global, ..shared(bytes, address) })
+        };
+        assert_eq!(global(4, |lane| 4 * lane), 4);
+        assert_eq!(global(4, |lane| 4 + 4 * lane), 5);
+        assert_eq!(global(4, |lane| 64 * lane), 32);
+        assert_eq!(global(4, |lane| 4 * (31 - lane)), 4);
+        assert_eq!(global(4, |_| 0), 1);
+        assert_eq!(global(16, |lane| 32 * (lane / 2) + 16 * (lane % 2)), 16);
+    }
+
+    #[test]
+    fn runs_end_where_lanes_or_addresses_do() {
+        let mut access = shared(4, |lane| if lane < 20 { 4 * lane } else { 4 * lane + 4 });
+        access.mask = !(1 << 5);
+        let runs: Vec<_> = access.runs().collect();
+        let run = |first, lanes, address| Run { first, lanes, address };
+        assert_eq!(runs, [run(0, 5, 0), run(6, 14, 24), run(20, 12, 84)]);
+    }
+}

@@ -1,0 +1,306 @@
+//! Matrix instructions: who holds which element, and how their products are summed.
+//!
+//! Fragments are those of the PTX ISA, "Matrix Fragments for mma.m16n8k8", "...k16", "...k32" and "Warp-level matrix load
+//! instruction: ldmatrix". Lane `l` is in group `g = l / 4`, as its thread `t = l % 4`.
+//!
+//! What hardware does when it adds is not in the ISA. Tensor cores align the terms of a block to the largest of them and
+//! cut off what lies below (Fasi, Higham, Mikaitis and Pranesh, "Numerical behavior of NVIDIA tensor cores", 2021):
+//! [`Sums::Truncated`] does so. [`Sums::Exact`] adds without error and rounds once.
+
+use super::Sums;
+use super::arithmetic::{LANES, Narrow};
+use super::float::{Format, bf16, f16, sum_to_odd};
+use crate::ptx::{MatrixType, Rounding, Type};
+
+/// Rows of A and D.
+const M: usize = 16;
+/// Columns of B and D.
+const N: usize = 8;
+/// The most that a K is.
+const MAX_K: usize = 32;
+/// Bits below the largest term's leading one that take part in a sum.
+const FRACTION_BITS: u32 = 24;
+
+/// Bits of an element of A and B.
+fn element_bits(ty: MatrixType) -> usize {
+    match ty {
+        MatrixType::Bf16 | MatrixType::F16 => 16,
+        MatrixType::S8 | MatrixType::U8 => 8,
+    }
+}
+
+/// Row and k of element `i` of A in a lane, where a register holds `per` elements.
+fn place_a(lane: usize, i: usize, per: usize) -> (usize, usize) {
+    let (g, t) = (lane / 4, lane % 4);
+    let (register, part) = (i / per, i % per);
+    (g + 8 * (register % 2), t * per + part + 4 * per * (register / 2))
+}
+
+/// k and column of element `i` of B in a lane.
+fn place_b(lane: usize, i: usize, per: usize) -> (usize, usize) {
+    let (g, t) = (lane / 4, lane % 4);
+    let (register, part) = (i / per, i % per);
+    (t * per + part + 4 * per * register, g)
+}
+
+/// Row and column of element `i` of C and D in a lane.
+fn place_c(lane: usize, i: usize) -> (usize, usize) {
+    (lane / 4 + 8 * (i / 2), 2 * (lane % 4) + i % 2)
+}
+
+/// A fragment's elements of 8 or 16 bits, from its registers.
+fn element(registers: &[&Narrow], lane: usize, i: usize, per: usize) -> u32 {
+    let bits = 32 / per as u32;
+    registers[i / per][lane] >> (bits * (i % per) as u32) & ((1 << bits) - 1)
+}
+
+/// A and B as matrices, each element by the function of its operand.
+fn matrices<T: Copy + Default>(
+    per: usize,
+    [a, b]: [&[&Narrow]; 2],
+    of_a: impl Fn(u32) -> T,
+    of_b: impl Fn(u32) -> T,
+) -> ([[T; MAX_K]; M], [[T; N]; MAX_K]) {
+    let mut left = [[T::default(); MAX_K]; M];
+    let mut right = [[T::default(); N]; MAX_K];
+    for lane in 0..LANES {
+        for i in 0..per * a.len() {
+            let (row, k) = place_a(lane, i, per);
+            left[row][k] = of_a(element(a, lane, i, per));
+        }
+        for i in 0..per * b.len() {
+            let (k, column) = place_b(lane, i, per);
+            right[k][column] = of_b(element(b, lane, i, per));
+        }
+    }
+    (left, right)
+}
+
+/// `mma.sync.m16n8kK`: D = A B + C, as registers of D.
+pub fn mma(
+    k: usize,
+    types: (MatrixType, MatrixType),
+    narrow: bool,
+    satfinite: bool,
+    sums: Sums,
+    [a, b, c]: [&[&Narrow]; 3],
+) -> [Narrow; 4] {
+    let per = 32 / element_bits(types.0);
+    let mut d = [[0; LANES]; 4];
+    let places = (0..LANES).flat_map(|lane| (0..4).map(move |i| (lane, i, place_c(lane, i))));
+    match types.0 {
+        MatrixType::Bf16 | MatrixType::F16 => {
+            let value = if types.0 == MatrixType::Bf16 { bf16 } else { f16 };
+            let (left, right) = matrices(per, [a, b], value, value);
+            let mut sum = [[0.0; N]; M];
+            for (lane, i, (row, column)) in places.clone() {
+                let wide = || f32::from_bits(c[i][lane]);
+                sum[row][column] = if narrow { f16(element(c, lane, i, 2)) } else { wide() };
+            }
+            for (left, sum) in left.iter().zip(&mut sum) {
+                match sums {
+                    Sums::Truncated => row_truncated(&left[..k], &right[..k], sum),
+                    Sums::Exact => row_exact(&left[..k], &right[..k], sum),
+                }
+            }
+            for (lane, i, (row, column)) in places {
+                let value = sum[row][column];
+                if narrow {
+                    let half = Format::of(Type::F16).round(f64::from(value), Rounding::Nearest);
+                    d[i / 2][lane] |= half << (16 * (i % 2));
+                } else {
+                    d[i][lane] = if value.is_nan() { 0x7FFF_FFFF } else { value.to_bits() };
+                }
+            }
+        }
+        MatrixType::S8 | MatrixType::U8 => {
+            let value =
+                |ty| move |bits| if ty == MatrixType::S8 { i32::from(bits as u8 as i8) } else { bits as i32 };
+            let (left, right) = matrices(per, [a, b], value(types.0), value(types.1));
+            for (lane, i, (row, column)) in places {
+                let product: i32 = (0..k).map(|k| left[row][k] * right[k][column]).sum();
+                let c = c[i][lane] as i32;
+                let sum = if satfinite { product.saturating_add(c) } else { product.wrapping_add(c) };
+                d[i][lane] = sum as u32;
+            }
+        }
+    }
+    d
+}
+
+/// Terms that are aligned together (sm_80: 8; Fasi et al., section 4).
+const BLOCK: usize = 8;
+
+/// `sum += left * right`, in blocks: all terms are cut to multiples of one unit, the largest term's last bit, and added as
+/// integers; the sum is cut to 24 bits.
+fn row_truncated(left: &[f32], right: &[[f32; N]], sum: &mut [f32; N]) {
+    for (left, right) in left.chunks(BLOCK).zip(right.chunks(BLOCK)) {
+        // Products of two halves are exact in f32 but for those below 2^-126, which are below every unit here.
+        let mut terms = [[0.0; N]; BLOCK];
+        let mut largest = sum.map(|sum| sum.to_bits() & 0x7FFF_FFFF);
+        for ((left, right), terms) in left.iter().zip(right).zip(&mut terms) {
+            for n in 0..N {
+                terms[n] = left * right[n];
+                largest[n] = largest[n].max(terms[n].to_bits() & 0x7FFF_FFFF);
+            }
+        }
+        if largest.iter().any(|&bits| bits >= 0x7F80_0000) {
+            row_with_infinities(&terms, sum, largest);
+            continue;
+        }
+        // `unit = 2^(exponent of the largest - 24)`; at least 2^-126, so that it and its inverse are normal numbers.
+        let mut inverse = [0.0; N];
+        let mut unit = [0.0; N];
+        for n in 0..N {
+            let exponent = (largest[n] >> 23).max(FRACTION_BITS + 1);
+            unit[n] = f32::from_bits((exponent - FRACTION_BITS) << 23);
+            inverse[n] = f32::from_bits((254 + FRACTION_BITS - exponent) << 23);
+        }
+        let mut total = [0i32; N];
+        for n in 0..N {
+            total[n] = (sum[n] * inverse[n]) as i32;
+        }
+        for terms in &terms {
+            for n in 0..N {
+                // Truncates. A term is below 2^25, nine of them below 2^29.
+                total[n] += (terms[n] * inverse[n]) as i32;
+            }
+        }
+        for n in 0..N {
+            let magnitude = total[n].abs();
+            let nearest = magnitude as f32;
+            let above = u32::from(nearest as i32 > magnitude);
+            let cut = f32::from_bits(nearest.to_bits() - above);
+            sum[n] = cut.copysign(total[n] as f32) * unit[n];
+        }
+    }
+}
+
+/// A block with a term or a sum that is no finite number: those columns are added one by one.
+fn row_with_infinities(terms: &[[f32; N]; BLOCK], sum: &mut [f32; N], largest: [u32; N]) {
+    for n in 0..N {
+        if largest[n] >= 0x7F80_0000 {
+            sum[n] = terms.iter().fold(sum[n], |sum, terms| sum + terms[n]);
+            continue;
+        }
+        let mut one = [sum[n]; N];
+        let column = std::array::from_fn::<_, BLOCK, _>(|at| [terms[at][n]; N]);
+        row_truncated(&[1.0; BLOCK], &column, &mut one);
+        sum[n] = one[0];
+    }
+}
+
+/// `sum += left * right`, rounded once.
+///
+/// Method: Shewchuk, "Adaptive Precision Floating-Point Arithmetic" (1997): the sum is kept as numbers that do not overlap.
+fn row_exact(left: &[f32], right: &[[f32; N]], sum: &mut [f32; N]) {
+    for n in 0..N {
+        let products = left.iter().zip(right).map(|(left, right)| f64::from(*left) * f64::from(right[n]));
+        let terms = products.chain([f64::from(sum[n])]);
+        if terms.clone().any(|term| !term.is_finite()) {
+            sum[n] = terms.sum::<f64>() as f32;
+            continue;
+        }
+        let mut parts: Vec<f64> = Vec::new();
+        for mut term in terms {
+            parts.retain_mut(|part| {
+                let whole = term + *part;
+                let of = whole - term;
+                *part = (term - (whole - of)) + (*part - of);
+                term = whole;
+                *part != 0.0
+            });
+            parts.push(term);
+        }
+        // From the smallest on, each sum remembers in its last bit that there was more.
+        let total = parts.into_iter().reduce(|rest, part| sum_to_odd(part, rest)).unwrap_or(0.0);
+        sum[n] = total as f32;
+    }
+}
+
+/// Where lane `lane` of `ldmatrix` has its two elements of an 8 x 8 matrix: (row, column) each.
+pub fn place_ldmatrix(lane: usize, trans: bool) -> [(usize, usize); 2] {
+    let (g, t) = (lane / 4, lane % 4);
+    [0, 1].map(|i| if trans { (2 * t + i, g) } else { (g, 2 * t + i) })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    /// Rows of A by group and register, as the figures of the ISA have them for all shapes: a0 a1 in row `groupID`, and so on.
+    #[test]
+    fn fragments_are_those_of_the_isa() {
+        // "Matrix Fragments for mma.m16n8k16 with floating point type", A: for lane 0 (T0) and lane 5 (T5), a0 to a7.
+        let a = |lane| (0..8).map(|i| place_a(lane, i, 2)).collect::<Vec<_>>();
+        assert_eq!(a(0), [(0, 0), (0, 1), (8, 0), (8, 1), (0, 8), (0, 9), (8, 8), (8, 9)]);
+        assert_eq!(a(5), [(1, 2), (1, 3), (9, 2), (9, 3), (1, 10), (1, 11), (9, 10), (9, 11)]);
+        assert_eq!(a(31)[7], (15, 15));
+        // B: b0 to b3.
+        let b = |lane| (0..4).map(|i| place_b(lane, i, 2)).collect::<Vec<_>>();
+        assert_eq!(b(0), [(0, 0), (1, 0), (8, 0), (9, 0)]);
+        assert_eq!(b(30), [(4, 7), (5, 7), (12, 7), (13, 7)]);
+        // C and D: c0 to c3.
+        let c = |lane| (0..4).map(|i| place_c(lane, i)).collect::<Vec<_>>();
+        assert_eq!(c(0), [(0, 0), (0, 1), (8, 0), (8, 1)]);
+        assert_eq!(c(31), [(7, 6), (7, 7), (15, 6), (15, 7)]);
+        // "Matrix Fragments for mma.m16n8k32", A: a0 to a15.
+        let a: Vec<_> = (0..16).map(|i| place_a(6, i, 4)).collect();
+        assert_eq!(a[..4], [(1, 8), (1, 9), (1, 10), (1, 11)]);
+        assert_eq!(a[4..8], [(9, 8), (9, 9), (9, 10), (9, 11)]);
+        assert_eq!(a[8..12], [(1, 24), (1, 25), (1, 26), (1, 27)]);
+        assert_eq!(a[12..], [(9, 24), (9, 25), (9, 26), (9, 27)]);
+        let b: Vec<_> = (0..8).map(|i| place_b(6, i, 4)).collect();
+        assert_eq!(b, [(8, 1), (9, 1), (10, 1), (11, 1), (24, 1), (25, 1), (26, 1), (27, 1)]);
+        // ldmatrix: thread 0 has row 0's elements 0 and 1, thread 4 row 1's.
+        assert_eq!(place_ldmatrix(4, false), [(1, 0), (1, 1)]);
+        assert_eq!(place_ldmatrix(31, false), [(7, 6), (7, 7)]);
+        assert_eq!(place_ldmatrix(4, true), [(0, 1), (1, 1)]);
+    }
+
+    fn dot(left: &[f32], right: &[f32], c: f32, sums: Sums) -> f32 {
+        let right: Vec<[f32; N]> = right.iter().map(|&value| [value; N]).collect();
+        let mut sum = [c; N];
+        match sums {
+            Sums::Truncated => row_truncated(left, &right, &mut sum),
+            Sums::Exact => row_exact(left, &right, &mut sum),
+        }
+        assert!(sum.iter().all(|value| value.to_bits() == sum[0].to_bits()));
+        sum[0]
+    }
+
+    #[test]
+    fn truncation_cuts_where_rounding_does_not() {
+        let ones = [1.0; 8];
+        // 2^24 and eight times 1/2: each lies below the last bit that is kept, together they are 4.
+        let halves = [0.5; 8];
+        assert_eq!(dot(&ones, &halves, 16_777_216.0, Sums::Truncated), 16_777_216.0);
+        assert_eq!(dot(&ones, &halves, 16_777_216.0, Sums::Exact), 16_777_220.0);
+        // One bit is kept below the 24 of the result: two such terms make a whole.
+        assert_eq!(dot(&ones, &[0.5; 8], 8_388_608.0, Sums::Truncated), 8_388_612.0);
+        // Towards zero, on both sides.
+        assert_eq!(dot(&ones[..1], &[1.0], 33_554_430.0, Sums::Truncated), 33_554_430.0);
+        assert_eq!(dot(&ones[..1], &[-1.0], -33_554_430.0, Sums::Truncated), -33_554_430.0);
+        // Two blocks: the second sees what is left of the first.
+        let large: Vec<f32> = [1.0; 8].into_iter().chain([2f32.powi(30)]).collect();
+        assert_eq!(dot(&[1.0; 9], &large, 0.0, Sums::Truncated), 2f32.powi(30));
+        assert!(dot(&ones, &[f32::INFINITY; 8], -1.0, Sums::Truncated).is_infinite());
+        assert!(dot(&[0.0; 8], &[f32::INFINITY; 8], -1.0, Sums::Exact).is_nan());
+    }
+
+    proptest! {
+        #[test]
+        fn sums_are_near_the_sum(
+            left in proptest::collection::vec(-2f32..2.0, 16), right in proptest::collection::vec(-2f32..2.0, 16), c in -4f32..4.0,
+        ) {
+            let cut = |values: &[f32]| values.iter().map(|&x| bf16(super::super::float::to_bf16(x))).collect::<Vec<_>>();
+            let (left, right) = (cut(&left), cut(&right));
+            let exact: f64 = left.iter().zip(&right).map(|(&a, &b)| f64::from(a) * f64::from(b)).sum::<f64>() + f64::from(c);
+            prop_assert_eq!(dot(&left, &right, c, Sums::Exact), exact as f32);
+            // Nine terms of a block and the sum lose less than one unit each; terms are at most 64 in all.
+            let lost = 20.0 * 64.0 * 2f64.powi(-24);
+            prop_assert!((f64::from(dot(&left, &right, c, Sums::Truncated)) - exact).abs() <= lost);
+        }
+    }
+}

@@ -1,0 +1,210 @@
+//! Small kernels in PTX, each with what comes of it: `tests/ptx/*.ptx`. To add a case is to add a file.
+//!
+//! The first comment lines of a file say what it shows, how it is launched, and what the emulator must give or report:
+//!
+//! ```text
+//! // launch: ctas=2 threads=64 shared=1024 sm=sm_80
+//! // param: out u32[64]             a buffer, nothing of it written
+//! // param: in u32[64] = index      a buffer with 0, 1, 2, ...; or with the values that are listed, over and over
+//! // param: n u32 = 7               a number
+//! // expect: out = 0 1 2 3          what it begins with
+//! // report: text                   instead: the report has this text
+//! // plant: `from` => `to` => text  with the first `from` in the text replaced by `to`, the report has this text
+//! ```
+//!
+//! Each is run under several seeds, and must hold under every one.
+
+use runtime::emulator::{Grid, Memory, Options, Report, Sums, launch};
+use runtime::ptx::Module;
+use std::fs;
+use std::path::Path;
+use std::str::FromStr;
+
+const SEEDS: u64 = 8;
+
+#[derive(Debug)]
+enum Param {
+    Buffer { name: String, ty: String, count: usize, values: Vec<String> },
+    Number { ty: String, value: String },
+}
+
+#[derive(Debug, Default)]
+struct Case {
+    ctas: u32,
+    threads: u32,
+    shared: u32,
+    sm: String,
+    params: Vec<Param>,
+    expect: Vec<(String, Vec<String>)>,
+    report: Option<String>,
+    plants: Vec<[String; 3]>,
+}
+
+fn case(text: &str) -> Case {
+    let mut case = Case { ctas: 1, threads: 32, sm: "sm_80".into(), ..Case::default() };
+    for line in text.lines().map_while(|line| line.strip_prefix("//")) {
+        let Some((key, rest)) = line.trim().split_once(": ") else { continue };
+        let words = || rest.split_whitespace();
+        match key {
+            "launch" => words().for_each(|word| {
+                let (key, value) = word.split_once('=').expect("key=value");
+                let number = || value.parse().expect("a number");
+                match key {
+                    "ctas" => case.ctas = number(),
+                    "threads" => case.threads = number(),
+                    "shared" => case.shared = number(),
+                    "sm" => case.sm = value.into(),
+                    _ => panic!("unknown: {word}"),
+                }
+            }),
+            "param" => {
+                let (what, values) = rest.split_once(" = ").unwrap_or((rest, ""));
+                let values: Vec<String> = values.split_whitespace().map(String::from).collect();
+                let mut words = what.split_whitespace().map(String::from);
+                let (name, ty) = (words.next().expect("a name"), words.next().expect("a type"));
+                case.params.push(match ty.strip_suffix(']').and_then(|ty| ty.split_once('[')) {
+                    Some((ty, count)) => {
+                        let count = count.parse().expect("a count");
+                        Param::Buffer { name, ty: ty.into(), count, values }
+                    }
+                    None => Param::Number { ty, value: values[0].clone() },
+                });
+            }
+            "expect" => {
+                let (name, values) = rest.split_once(" = ").expect("name = values");
+                case.expect.push((name.into(), values.split_whitespace().map(String::from).collect()));
+            }
+            "report" => case.report = Some(rest.into()),
+            "plant" => {
+                let parts: Vec<&str> = rest.split(" => ").collect();
+                let [from, to, report] = parts[..] else { panic!("from => to => report: {rest}") };
+                let cut = |part: &str| part.trim_matches('`').to_string();
+                case.plants.push([cut(from), cut(to), report.into()]);
+            }
+            _ => {}
+        }
+    }
+    case
+}
+
+fn parsed<T: FromStr>(value: &str) -> T {
+    value.parse().unwrap_or_else(|_| panic!("{value} is no {}", std::any::type_name::<T>()))
+}
+
+fn bytes(ty: &str, value: &str) -> Vec<u8> {
+    match ty {
+        "u8" => parsed::<u8>(value).to_le_bytes().into(),
+        "u16" => parsed::<u16>(value).to_le_bytes().into(),
+        "u32" => parsed::<u32>(value).to_le_bytes().into(),
+        "s32" => parsed::<i32>(value).to_le_bytes().into(),
+        "u64" => parsed::<u64>(value).to_le_bytes().into(),
+        "f32" => parsed::<f32>(value).to_le_bytes().into(),
+        "bf16" => parsed::<f32>(value).to_le_bytes()[2..].into(),
+        _ => panic!("unknown type {ty}"),
+    }
+}
+
+/// Runs a text; gives the buffers as they are then.
+fn run(case: &Case, text: &str, seed: u64) -> Result<Vec<(String, String, Vec<u8>)>, Report> {
+    let module = Module::parse(text).unwrap_or_else(|error| panic!("{error}"));
+    let mut memory = Memory::new();
+    let (mut params, mut buffers) = (Vec::<u8>::new(), Vec::new());
+    for param in &case.params {
+        let value = match param {
+            Param::Buffer { name, ty, count, values } => {
+                let size = bytes(ty, "0").len();
+                let address = memory.allocate(name, count * size);
+                if !values.is_empty() {
+                    let value = |at: usize| match values[0].as_str() {
+                        "index" => bytes(ty, &at.to_string()),
+                        _ => bytes(ty, &values[at % values.len()]),
+                    };
+                    memory.write(address, &(0..*count).flat_map(value).collect::<Vec<u8>>());
+                }
+                buffers.push((name.clone(), ty.clone(), address, count * size));
+                address.to_le_bytes().to_vec()
+            }
+            Param::Number { ty, value } => bytes(ty, value),
+        };
+        params.resize(params.len().next_multiple_of(value.len()), 0);
+        params.extend(value);
+    }
+    let grid = Grid {
+        ctas: [case.ctas, 1, 1],
+        threads: [case.threads, 1, 1],
+        cluster: 1,
+        dynamic_shared: case.shared,
+    };
+    let options = Options { sm: case.sm.parse().expect("a machine"), seed, sums: Sums::Truncated };
+    launch(&module.kernels[0], &grid, &params, &mut memory, &options)?;
+    let read = |(name, ty, address, len): (String, String, u64, usize)| {
+        (name, ty, memory.read(address, len).to_vec())
+    };
+    Ok(buffers.into_iter().map(read).collect())
+}
+
+fn must_report(case: &Case, text: &str, seed: u64, report: &str) -> Result<(), String> {
+    match run(case, text, seed) {
+        Ok(_) => Err(format!("seed {seed}: no report, expected `{report}`")),
+        Err(found) if found.to_string().contains(report) => Ok(()),
+        Err(found) => Err(format!("seed {seed}: `{found}`, expected `{report}`")),
+    }
+}
+
+fn check(text: &str, seed: u64) -> Result<(), String> {
+    let case = case(text);
+    for [from, to, report] in &case.plants {
+        let code = text.find(".version").expect("a module");
+        let (head, code) = text.split_at(code);
+        if !code.contains(from) {
+            return Err(format!("`{from}` is not in the kernel"));
+        }
+        let planted = format!("{head}{}", code.replacen(from, to, 1));
+        must_report(&case, &planted, seed, report)
+            .map_err(|error| format!("with `{to}` for `{from}`: {error}"))?;
+    }
+    if let Some(report) = &case.report {
+        return must_report(&case, text, seed, report);
+    }
+    let buffers = run(&case, text, seed).map_err(|report| format!("seed {seed}: {report}"))?;
+    for (name, values) in &case.expect {
+        let (_, ty, found) = buffers.iter().find(|(known, ..)| known == name).expect("a buffer");
+        let expected: Vec<u8> = values.iter().flat_map(|value| bytes(ty, value)).collect();
+        if !found.starts_with(&expected) {
+            return Err(format!("seed {seed}: {name} begins with {:?}", &found[..expected.len()]));
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn every_file_holds() {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/ptx");
+    let files = fs::read_dir(&folder).expect("the folder").map(|entry| entry.expect("a file").path());
+    let mut files: Vec<_> = files.filter(|path| path.extension().is_some_and(|end| end == "ptx")).collect();
+    files.sort();
+    assert!(!files.is_empty());
+    let mut wrong = Vec::new();
+    for file in files {
+        let text = fs::read_to_string(&file).expect("a file");
+        if let Some(error) = (0..SEEDS).find_map(|seed| check(&text, seed).err()) {
+            wrong.push(format!("{}: {error}", file.file_name().expect("a name").display()));
+        }
+    }
+    assert!(wrong.is_empty(), "\n{}", wrong.join("\n"));
+}
+
+/// A check that cannot fail is none: a wrong value, a missing report and another report are all noticed.
+#[test]
+fn what_does_not_hold_is_noticed() {
+    let kernel = ".version 7.4\n.target sm_80\n.entry k(.param .u64 o) {\n.reg .b64 %d;\n.reg .b32 %r;\n\
+        ld.param.b64 %d, [o];\nmov.b32 %r, 7;\nst.global.b32 [%d], %r;\nret;\n}\n";
+    let head = "// launch: threads=1\n// param: out u32[1]\n";
+    assert_eq!(check(&format!("{head}// expect: out = 7\n{kernel}"), 0), Ok(()));
+    assert!(check(&format!("{head}// expect: out = 8\n{kernel}"), 0).unwrap_err().contains("begins with [7"));
+    assert!(check(&format!("{head}// report: trap\n{kernel}"), 0).unwrap_err().contains("no report"));
+    let planted =
+        |report: &str| check(&format!("{head}// plant: `ret;` => `trap;` => {report}\n{kernel}"), 0);
+    assert_eq!(planted("trap"), Ok(()));
+    assert!(planted("deadlock").unwrap_err().contains("expected `deadlock`"));
+}
