@@ -113,11 +113,11 @@ pub struct Subject {
 }
 
 impl Subject {
-    /// Runs the passes.
-    pub fn new(mut graph: Graph) -> Subject {
+    /// Runs the passes, for a kind of machine.
+    pub fn new(mut graph: Graph, target: &Target) -> Subject {
         simplify::simplify(&mut graph);
-        fuse::fuse(&mut graph);
-        layout::layout(&mut graph);
+        fuse::fuse(&mut graph, target);
+        layout::layout(&mut graph, target);
         share::share(&mut [&mut graph]);
         Subject { graph }
     }

@@ -3,15 +3,18 @@
 use crate::pipeline::{self, Request};
 use crate::tune::table::{Choices, Table};
 use crate::weights::{self, Source};
-use codegen::cpu::{CodegenError, Form, Level};
+use codegen::Backend;
+use codegen::cpu::CodegenError;
 use ir::DType;
 use ir::families::LowerError;
+use ir::plan::Plan;
 use models::{Config, ReadError};
 use runtime::artifact::{ArtifactError, ArtifactWriter};
 use runtime::manifest::{self, Manifest, TargetCode};
 use runtime::whole_file::{self, WriteError};
 use std::cell::Cell;
 use std::cmp::Reverse;
+use std::collections::BTreeMap;
 use std::fs;
 use std::ops::ControlFlow;
 use std::path::Path;
@@ -58,8 +61,8 @@ pub enum CompileError {
     /// The artifact cannot be written.
     #[error(transparent)]
     Artifact(#[from] ArtifactError),
-    /// A dtype that no CPU kernel computes in.
-    #[error("dtype {found} cannot be compiled for a CPU; expected f32 or bf16")]
+    /// A dtype that no kernel computes in.
+    #[error("dtype {found} cannot be compiled; expected f32 or bf16")]
     DType {
         /// As asked.
         found: DType,
@@ -104,8 +107,8 @@ pub enum Progress<'a> {
 
 /// Code of one target.
 pub struct Code {
-    /// The target.
-    pub level: Level,
+    /// What makes code of it.
+    pub backend: Backend,
     /// All stages before it.
     pub lowered: pipeline::Lowered,
     /// LLVM IR text.
@@ -125,21 +128,33 @@ pub enum Stage {
     Plan,
     /// LLVM IR, before LLVM's passes.
     Llvm,
-    /// Assembly.
+    /// Assembly of a CPU.
     Asm,
+    /// PTX of a GPU.
+    Ptx,
 }
 
 impl Stage {
     /// Every stage, with its name and the ending of its file.
     #[rustfmt::skip] // a table
-    pub const ALL: [(Stage, &'static str, &'static str); 6] = [
+    pub const ALL: [(Stage, &'static str, &'static str); 7] = [
         (Stage::Graph,   "graph",   "ir"),
         (Stage::Fused,   "fused",   "ir"),
         (Stage::Kernels, "kernels", "ir"),
         (Stage::Plan,    "plan",    "txt"),
         (Stage::Llvm,    "llvm",    "ll"),
         (Stage::Asm,     "asm",     "s"),
+        (Stage::Ptx,     "ptx",     "ptx"),
     ];
+
+    /// Has a back end this stage?
+    pub fn is_of(self, backend: &Backend) -> bool {
+        match self {
+            Stage::Graph | Stage::Fused | Stage::Kernels | Stage::Plan | Stage::Llvm => true,
+            Stage::Asm => matches!(backend, Backend::Cpu(_)),
+            Stage::Ptx => matches!(backend, Backend::Cuda(_)),
+        }
+    }
 }
 
 impl Code {
@@ -147,7 +162,7 @@ impl Code {
     ///
     /// # Errors
     ///
-    /// [`Stage::Asm`] asks LLVM, which may refuse.
+    /// [`Stage::Asm`] and [`Stage::Ptx`] ask LLVM, which may refuse.
     pub fn text(&self, request: &Request<'_>, stage: Stage) -> Result<String, CodegenError> {
         let join = |graphs: Vec<String>| graphs.join("\n");
         Ok(match stage {
@@ -156,18 +171,15 @@ impl Code {
             Stage::Kernels => join(self.lowered.kernels.iter().map(|k| k.to_string()).collect()),
             Stage::Plan => self.lowered.plan.to_string(),
             Stage::Llvm => self.llvm.clone(),
-            Stage::Asm => {
-                let bytes = codegen::cpu::compile(&self.llvm, &self.level, Form::Assembly)?;
-                String::from_utf8_lossy(&bytes).into_owned()
-            }
+            Stage::Asm | Stage::Ptx => self.backend.assembly(&self.llvm)?,
         })
     }
 
     /// Writes the text of every stage into a folder.
     fn keep(&self, request: &Request<'_>, folder: &Path) -> Result<(), CompileError> {
-        let folder = folder.join(self.level.name.replace(':', "-"));
+        let folder = folder.join(self.backend.name().replace(':', "-"));
         fs::create_dir_all(&folder).map_err(|source| WriteError::Io { file: folder.clone(), source })?;
-        for (stage, name, ending) in Stage::ALL {
+        for (stage, name, ending) in Stage::ALL.into_iter().filter(|stage| stage.0.is_of(&self.backend)) {
             let text = self.text(request, stage)?;
             let file = folder.join(format!("{name}.{ending}"));
             whole_file::write(&file, text.len() as u64, |path| fs::write(path, text))?;
@@ -189,10 +201,10 @@ pub fn lower(request: &Request<'_>, target: &str, taps: bool) -> Result<Code, Co
     if request.context == 0 || request.context > most {
         return Err(CompileError::Context { found: request.context, most });
     }
-    let level = codegen::cpu::level(target)?;
-    let lowered = pipeline::lower(request, &level.target)?;
-    let llvm = codegen::lower::module(&lowered.plan, &lowered.kernels, level.features, taps);
-    Ok(Code { level, lowered, llvm })
+    let backend = Backend::of(target)?;
+    let lowered = pipeline::lower(request, &backend.target())?;
+    let llvm = backend.llvm(&lowered.plan, &lowered.kernels, taps)?;
+    Ok(Code { backend, lowered, llvm })
 }
 
 /// Compiles a model to `file`.
@@ -218,27 +230,35 @@ pub fn compile(
             code.keep(&request, folder)?;
         }
         let start = Instant::now();
-        let object = codegen::cpu::compile(&code.llvm, &code.level, Form::Object)?;
-        let linked = codegen::link::link(&object)?;
+        let made = code.backend.code(&code.llvm)?;
         seconds.codegen += start.elapsed().as_secs_f64();
-        codes.push((code, linked));
+        codes.push((code, made));
     }
     // The loader takes the first that fits. Of one architecture each level has what the one below has, and more.
-    codes.sort_by_key(|(code, _)| Reverse(code.level.requires.len()));
+    codes.sort_by_key(|(code, _)| Reverse(code.backend.requires().len()));
 
-    let plan = &codes[0].0.lowered.plan;
-    let bytes = if options.weights.is_some() { plan.weight_bytes() } else { 0 };
+    // All CPUs read one packing of the weights, all GPUs another.
+    let mut packings: BTreeMap<&str, &Plan> = BTreeMap::new();
+    for (code, _) in codes.iter().filter(|_| options.weights.is_some()) {
+        packings.entry(weights_section(&code.backend)).or_insert(&code.lowered.plan);
+    }
+    let bytes = packings.values().map(|plan| plan.weight_bytes()).sum();
     let mut writer = ArtifactWriter::create(file, Some(bytes as u64))?;
     let mut targets = Vec::new();
-    for (code, linked) in &codes {
+    for (code, made) in &codes {
         let target = TargetCode {
-            name: code.level.name.clone(),
-            abi: codegen::lower::ABI,
-            requires: code.level.requires.clone(),
-            arch: code.level.triple.split('-').next().unwrap_or_default().to_string(),
+            name: code.backend.name().to_string(),
+            abi: code.backend.abi(),
+            requires: code.backend.requires(),
+            arch: code.backend.arch(),
+            weights: weights_section(&code.backend).to_string(),
         };
         section(&mut writer, &target.plan_section(), code.lowered.plan.to_string().as_bytes())?;
-        section(&mut writer, &target.code_section(), linked)?;
+        section(&mut writer, &target.code_section(), made)?;
+        if let Backend::Cuda(_) = code.backend {
+            let kernels = code.text(&request, Stage::Kernels)?;
+            section(&mut writer, &target.kernels_section(), kernels.as_bytes())?;
+        }
         if options.taps {
             let fused = code.text(&request, Stage::Fused)?;
             section(&mut writer, &target.fused_section(), fused.as_bytes())?;
@@ -247,7 +267,7 @@ pub fn compile(
     }
     if let Some(choices) = options.measured {
         let taken =
-            codes.iter().flat_map(|(code, _)| code.lowered.taken(&code.level.name, choices)).collect();
+            codes.iter().flat_map(|(code, _)| code.lowered.taken(code.backend.name(), choices)).collect();
         section(&mut writer, manifest::TUNING, Table { records: taken }.to_string().as_bytes())?;
     }
     let graph = codes[0].0.text(&request, Stage::Graph)?;
@@ -260,15 +280,19 @@ pub fn compile(
     }
     if let Some(source) = &options.weights {
         let start = Instant::now();
-        let mut out = writer.section(manifest::WEIGHTS)?;
-        let go_on = Cell::new(ControlFlow::Continue(()));
-        let mut append = |piece: &[u8]| {
-            check(go_on.get())?;
-            out.append(piece).map_err(CompileError::from)
-        };
-        let mut done = |done| go_on.set(progress(Progress::Weights(done, bytes)));
-        weights::write(plan, source, &mut append, &mut done)?;
-        out.end()?;
+        let mut before = 0;
+        for (name, plan) in packings {
+            let mut out = writer.section(name)?;
+            let go_on = Cell::new(ControlFlow::Continue(()));
+            let mut append = |piece: &[u8]| {
+                check(go_on.get())?;
+                out.append(piece).map_err(CompileError::from)
+            };
+            let mut done = |done| go_on.set(progress(Progress::Weights(before + done, bytes)));
+            weights::write(plan, source, &mut append, &mut done)?;
+            out.end()?;
+            before += plan.weight_bytes();
+        }
         seconds.weights = start.elapsed().as_secs_f64();
     }
     writer.finish(&Manifest {
@@ -286,6 +310,14 @@ pub fn compile(
     })?;
     seconds.total = begin.elapsed().as_secs_f64();
     Ok(seconds)
+}
+
+/// The section of the weights as a back end's kernels read them.
+fn weights_section(backend: &Backend) -> &'static str {
+    match backend {
+        Backend::Cpu(_) => manifest::WEIGHTS,
+        Backend::Cuda(_) => manifest::GPU_WEIGHTS,
+    }
 }
 
 fn check(flow: ControlFlow<()>) -> Result<(), CompileError> {

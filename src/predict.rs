@@ -191,7 +191,7 @@ mod tests {
     fn plan() -> Plan {
         let config = models::preset("smollm2-135m").unwrap();
         let request = Request { config: &config, dtype: DType::BF16, context: 1024, measured: None };
-        let target = Target { name: "cpu:x86-64-v4".into(), vector_registers: 32, vector_bytes: 64 };
+        let target = Target::cpu("cpu:x86-64-v4", 32, 64);
         lower(&request, &target).unwrap().plan
     }
 

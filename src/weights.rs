@@ -104,9 +104,18 @@ pub fn write<E: From<ReadError>>(
                     Ok(encoded(buffer.dtype, &values))
                 })?;
             }
-            WeightSource::Pack { pack, names } => pieces(pack.panels(), &mut put, &|number| {
-                Ok(encoded(buffer.dtype, &panel(pack, names, source, number)?))
-            })?,
+            WeightSource::Pack { pack, names } => {
+                // Panels of one column are rows: some at a time.
+                let per_piece = (PIECE_BYTES * pack.panels() / (4 * pack.elems())).max(1);
+                pieces(pack.panels().div_ceil(per_piece), &mut put, &|piece| {
+                    let panels = piece * per_piece..((piece + 1) * per_piece).min(pack.panels());
+                    let mut bytes = Vec::new();
+                    for number in panels {
+                        bytes.extend(encoded(buffer.dtype, &panel(pack, names, source, number)?));
+                    }
+                    Ok(bytes)
+                })?;
+            }
         }
         let rest = (offset + buffer.bytes).saturating_sub(at);
         debug_assert!(rest < ALIGN, "a weight fills its buffer");
@@ -140,9 +149,9 @@ fn pieces<E: From<ReadError>>(
 
 /// The elements of one panel of a pack, stream after stream.
 fn panel(pack: &Pack, names: &[String], source: &Source<'_>, number: usize) -> Result<Vec<f32>, ReadError> {
-    let per_stream = pack.words() * Pack::LANES * pack.word;
-    let columns = number * Pack::LANES..((number + 1) * Pack::LANES).min(pack.n);
-    let mut rows = vec![0.0; Pack::LANES * pack.k];
+    let per_stream = pack.words() * pack.lanes * pack.word;
+    let columns = number * pack.lanes..((number + 1) * pack.lanes).min(pack.n);
+    let mut rows = vec![0.0; pack.lanes * pack.k];
     let mut panel = vec![0.0; pack.streams.len() * per_stream];
     for ((stream, name), out) in pack.streams.iter().zip(names).zip(panel.chunks_exact_mut(per_stream)) {
         // Runs of columns from neighbouring rows are read at once.
@@ -152,9 +161,9 @@ fn panel(pack: &Pack, names: &[String], source: &Source<'_>, number: usize) -> R
             let run = (n..columns.end).take_while(|&m| stream.row(m) == row + (m - n)).count();
             source.read(name, row..row + run, pack.k, &mut rows[..run * pack.k])?;
             for (lane, values) in rows[..run * pack.k].chunks_exact(pack.k).enumerate() {
-                let lane = n % Pack::LANES + lane;
+                let lane = n % pack.lanes + lane;
                 for (word, values) in values.chunks(pack.word).enumerate() {
-                    let at = (word * Pack::LANES + lane) * pack.word;
+                    let at = (word * pack.lanes + lane) * pack.word;
                     out[at..at + values.len()].copy_from_slice(values);
                 }
             }

@@ -99,10 +99,9 @@ pub fn level(name: &str) -> Result<Level, CodegenError> {
     let x86 = |cpu: &str, llvm_features: &str, requires: Vec<String>| {
         let has = |feature: &str| requires.iter().any(|r| r == feature);
         let wide = has("avx512f");
-        let target = ir::target::Target {
-            name: name.to_string(),
-            vector_registers: if wide { 32 } else { 16 },
-            vector_bytes: if wide { 64 } else { 32 },
+        let target = match wide {
+            true => ir::target::Target::cpu(name, 32, 64),
+            false => ir::target::Target::cpu(name, 16, 32),
         };
         Level {
             name: name.to_string(),
@@ -124,7 +123,7 @@ pub fn level(name: &str) -> Result<Level, CodegenError> {
             llvm_features: "+neon".to_string(),
             requires: strings(&["neon"]),
             features: Features { bf16: false, pause: Pause::Aarch64 },
-            target: ir::target::Target { name: name.to_string(), vector_registers: 32, vector_bytes: 16 },
+            target: ir::target::Target::cpu(name, 32, 16),
         }),
         "cpu:native" => {
             let cpu = TargetMachine::get_host_cpu_name().to_string();

@@ -9,7 +9,9 @@
 //! * No function of a library is called: [`math`](crate::math) has the vector functions, and the attribute
 //!   `no-builtins` keeps loops from becoming `memset`.
 //!
-//! For PTX a worker is a thread of the grid: it computes its number from special registers, and symbols are parameters.
+//! For PTX a worker is a CTA, and every thread of it runs the function: its number comes from special registers, and symbols
+//! are parameters. Indices have 32 bits there, for the machine has no wider ones, and accesses the alignment that
+//! `Function::multiple` finds: without it vectors would fall apart.
 //!
 //! The context that the run time hands over (`runtime::cpu` mirrors it; [`ABI`] is their common version):
 //! `{ ptr buffers, ptr meeting, i64 workers, i64 symbols[4] }`. The meeting is lines of 64 bytes, all zero at first: how many
@@ -21,7 +23,7 @@
 //! changes no bit.
 
 use ir::dtype::DType;
-use ir::kernel::{Access, Arith, BufferId, Expr, Kernel, RegId, Space, Stmt, Type, VarId};
+use ir::kernel::{Access, Arith, Buffer, BufferId, Expr, Kernel, RegId, Space, Stmt, Type, VarId};
 use ir::op::{Compare, Reduction, Unary};
 use ir::plan::{Entry, Launch, Plan};
 use std::collections::{BTreeSet, HashMap};
@@ -52,7 +54,7 @@ pub enum Pause {
     X86,
     /// AArch64 `yield`.
     Aarch64,
-    /// None: threads of a grid do not wait for each other. A kernel with a barrier cannot be lowered.
+    /// None: workers are CTAs, which do not wait for each other.
     Grid,
 }
 
@@ -181,6 +183,8 @@ pub fn function(kernel: &Kernel, features: Features, needs: &mut BTreeSet<(Unary
         kernel,
         features,
         needs,
+        int: if features.pause == Pause::Grid { "i32" } else { "i64" },
+        multiples: HashMap::new(),
         head: String::new(),
         body: String::new(),
         next: 0,
@@ -201,12 +205,19 @@ pub fn function(kernel: &Kernel, features: Features, needs: &mut BTreeSet<(Unary
     }
     for (number, reg) in kernel.regs.iter().enumerate() {
         for slot in 0..reg.len() {
-            let _ = writeln!(f.head, "  %r{number}.{slot} = alloca {}", llvm_type(reg.ty));
+            let _ = writeln!(f.head, "  %r{number}.{slot} = alloca {}", f.ty(reg.ty));
         }
     }
     for (number, buffer) in kernel.buffers.iter().enumerate().filter(|b| b.1.space == Space::Local) {
         let elems = extent(buffer);
         let _ = writeln!(f.head, "  %b{number} = alloca [{elems} x {}], align 64", llvm_elem(buffer.dtype));
+    }
+    for (id, offset) in kernel.shared_offsets() {
+        let _ = writeln!(
+            f.head,
+            "  %b{} = getelementptr inbounds i8, ptr addrspace(3) {SHARED}, i32 {offset}",
+            id.0
+        );
     }
     f.stmts(&kernel.body);
     let barrier = kernel.body.iter().any(|s| matches!(s, Stmt::Barrier));
@@ -217,17 +228,22 @@ pub fn function(kernel: &Kernel, features: Features, needs: &mut BTreeSet<(Unary
             let alone = match buffer.space {
                 Space::Global(Access::Read) => " noalias readonly",
                 Space::Global(Access::Write | Access::ReadWrite) if !barrier => " noalias",
-                Space::Global(Access::Write | Access::ReadWrite) | Space::Local => "",
+                Space::Global(Access::Write | Access::ReadWrite) | Space::Local | Space::Shared => "",
             };
             format!("ptr{alone} %b{}, ", id.0)
         })
         .collect();
     let (params, head, body) = (params.concat(), f.head, f.body);
     if grid {
-        let symbols: Vec<String> = (0..kernel.symbols.0.len()).map(|n| format!("i64 %sym{n}")).collect();
-        let (name, symbols) = (crate::nvptx::symbol(&kernel.name), symbols.join(", "));
+        let symbols: Vec<String> = (0..kernel.symbols.0.len()).map(|n| format!("i32 %sym{n}")).collect();
+        let (name, symbols, threads) =
+            (crate::nvptx::symbol(&kernel.name), symbols.join(", "), kernel.threads);
+        // Left alone, ptxas spills a few bytes to fit one CTA more.
+        let registers = (REGISTERS / u32::from(threads)).min(255);
+        let params = format!("{params}{symbols}");
+        let params = params.trim_end_matches(", ");
         return format!(
-            "\ndefine ptx_kernel void @{name}({params}{symbols}) #0 {{\nentry:\n{head}{body}  ret void\n}}\n"
+            "\ndefine ptx_kernel void @{name}({params}) #0 \"nvvm.reqntid\"=\"{threads}\" \"nvvm.maxnreg\"=\"{registers}\" {{\nentry:\n{head}{body}  ret void\n}}\n"
         );
     }
     let name = symbol(&kernel.name);
@@ -236,19 +252,20 @@ pub fn function(kernel: &Kernel, features: Features, needs: &mut BTreeSet<(Unary
     )
 }
 
-/// A thread's number in the grid and the number of threads.
-const GRID_WORKER: &str = "  %cta = call i32 @llvm.nvvm.read.ptx.sreg.ctaid.x()
-  %ctas = call i32 @llvm.nvvm.read.ptx.sreg.nctaid.x()
+/// A CTA's number and the number of CTAs, and a thread's number in its CTA.
+const GRID_WORKER: &str = "  %worker = call i32 @llvm.nvvm.read.ptx.sreg.ctaid.x()
+  %workers = call i32 @llvm.nvvm.read.ptx.sreg.nctaid.x()
   %thread = call i32 @llvm.nvvm.read.ptx.sreg.tid.x()
-  %threads = call i32 @llvm.nvvm.read.ptx.sreg.ntid.x()
-  %cta64 = zext i32 %cta to i64
-  %ctas64 = zext i32 %ctas to i64
-  %thread64 = zext i32 %thread to i64
-  %threads64 = zext i32 %threads to i64
-  %first = mul i64 %cta64, %threads64
-  %worker = add i64 %first, %thread64
-  %workers = mul i64 %ctas64, %threads64
 ";
+
+/// Registers of an SM, which all GPUs from 8.0 on have.
+const REGISTERS: u32 = 1 << 16;
+
+/// The shared memory of a CTA, whose size the launch says.
+const SHARED: &str = "@smem";
+
+/// The declaration of [`SHARED`].
+pub(crate) const DECLARE_SHARED: &str = "@smem = external addrspace(3) global [0 x i8], align 128\n";
 
 /// Elements of a buffer of constant shape.
 fn extent(buffer: &ir::kernel::Buffer) -> i64 {
@@ -274,18 +291,14 @@ fn vector(elem: &str, lanes: u16) -> String {
     if lanes == 1 { elem.to_string() } else { format!("<{lanes} x {elem}>") }
 }
 
-fn llvm_type(ty: Type) -> String {
-    match ty {
-        Type::Index => "i64".to_string(),
-        Type::Flag => "i1".to_string(),
-        Type::Vector { dtype, lanes } => vector(llvm_elem(dtype), lanes),
-    }
-}
-
 struct Function<'a> {
     kernel: &'a Kernel,
     features: Features,
     needs: &'a mut BTreeSet<(Unary, u16)>,
+    /// The type of an index.
+    int: &'static str,
+    /// What each value that is an index is surely a multiple of.
+    multiples: HashMap<VarId, u64>,
     /// Stack slots and symbols.
     head: String,
     body: String,
@@ -328,6 +341,14 @@ impl Function<'_> {
         self.kernel.type_of(expr)
     }
 
+    fn ty(&self, ty: Type) -> String {
+        match ty {
+            Type::Index => self.int.to_string(),
+            Type::Flag => "i1".to_string(),
+            Type::Vector { dtype, lanes } => vector(llvm_elem(dtype), lanes),
+        }
+    }
+
     // Statements.
 
     fn stmts(&mut self, stmts: &[Stmt]) {
@@ -339,27 +360,33 @@ impl Function<'_> {
     fn stmt(&mut self, stmt: &Stmt) {
         match stmt {
             Stmt::Let { var, value } => {
+                let multiple = self.multiple(value);
+                self.multiples.insert(*var, multiple);
                 let value = self.expr(value);
                 self.vars.insert(*var, value);
             }
             Stmt::Reg { reg, init } => {
                 let Some(init) = init else { return };
-                let (value, ty) = (self.expr(init), llvm_type(self.kernel[*reg].ty));
+                let (value, ty) = (self.expr(init), self.ty(self.kernel[*reg].ty));
                 for slot in 0..self.kernel[*reg].len() {
                     self.line(&format!("store {ty} {value}, ptr %r{}.{slot}", reg.0));
                 }
             }
             Stmt::Set { reg, index, value } => {
-                let (value, ty) = (self.expr(value), llvm_type(self.kernel[*reg].ty));
+                let (value, ty) = (self.expr(value), self.ty(self.kernel[*reg].ty));
                 let slot = self.slot(*reg, index);
                 self.line(&format!("store {ty} {value}, ptr {slot}"));
             }
             Stmt::Store { buffer, index, value } => self.store(*buffer, index, value),
+            // The intrinsic does not select on every GPU, and nothing there asks for it.
+            Stmt::Prefetch { .. } if self.features.pause == Pause::Grid => {}
             Stmt::Prefetch { buffer, index } => {
                 let at = self.address(*buffer, index);
                 self.line(&format!("call void @llvm.prefetch.p0(ptr {at}, i32 0, i32 2, i32 1)"));
             }
             Stmt::For { var, lo, hi, step, body } => {
+                let multiple = gcd(self.multiple(lo), *step as u64);
+                self.multiples.insert(*var, multiple);
                 let (lo, hi) = (self.expr(lo), self.expr(hi));
                 self.looped(*var, &lo, &hi, &step.to_string(), body);
             }
@@ -372,7 +399,7 @@ impl Function<'_> {
             Stmt::Parallel { var, count, body } => {
                 let count = self.expr(count);
                 if self.features.pause == Pause::Grid {
-                    // Neighbouring threads take neighbouring turns.
+                    // Neighbouring CTAs take neighbouring turns.
                     return self.looped(*var, "%worker", &count, "%workers", body);
                 }
                 let at = self.emit("getelementptr i8, ptr %ctx, i64 16".to_string());
@@ -398,6 +425,23 @@ impl Function<'_> {
             Stmt::Barrier => {
                 self.line(&format!("call void @barrier(ptr %ctx, i64 {})", self.loops));
                 self.loops = 0;
+            }
+            Stmt::Sync => self.line("call void @llvm.nvvm.barrier.cta.sync.aligned.all(i32 0)"),
+            Stmt::Copy { to, at, from, index, lanes: _, count } => {
+                let bytes = self.kernel[*from].dtype.bytes(1);
+                let count = self.expr(count);
+                let size = self.emit(format!("mul i32 {count}, {bytes}"));
+                let to = self.address(*to, at);
+                // Where nothing is read, the index may be anywhere.
+                let from = self.address_of(*from, index, "getelementptr");
+                let from = self.emit(format!("addrspacecast ptr {from} to ptr addrspace(1)"));
+                self.line(&format!(
+                    "call void @llvm.nvvm.cp.async.cg.shared.global.16.s(ptr addrspace(3) {to}, ptr addrspace(1) {from}, i32 {size})"
+                ));
+            }
+            Stmt::Commit => self.line("call void @llvm.nvvm.cp.async.commit.group()"),
+            Stmt::Wait(newest) => {
+                self.line(&format!("call void @llvm.nvvm.cp.async.wait.group(i32 {newest})"));
             }
         }
     }
@@ -458,15 +502,16 @@ impl Function<'_> {
         self.begin(&head);
         // The last block of the body is only known after it: the phi names it by a block of its own.
         let latch = self.label();
-        self.line(&format!("{i} = phi i64 [ {lo}, %{before} ], [ {next}, %{latch} ]"));
-        let more = self.emit(format!("icmp slt i64 {i}, {hi}"));
+        let int = self.int;
+        self.line(&format!("{i} = phi {int} [ {lo}, %{before} ], [ {next}, %{latch} ]"));
+        let more = self.emit(format!("icmp slt {int} {i}, {hi}"));
         self.line(&format!("br i1 {more}, label %{inside}, label %{end}"));
         self.begin(&inside);
         self.vars.insert(var, i.clone());
         self.stmts(body);
         self.line(&format!("br label %{latch}"));
         self.begin(&latch);
-        self.line(&format!("{next} = add nsw i64 {i}, {step}"));
+        self.line(&format!("{next} = add nsw {int} {i}, {step}"));
         self.line(&format!("br label %{head}"));
         self.begin(&end);
     }
@@ -481,28 +526,84 @@ impl Function<'_> {
             value = self.emit(format!("zext {} {value} to {}", vector("i1", lanes), vector("i8", lanes)));
             elem = "i8";
         }
-        self.line(&format!("store {} {value}, ptr {at}, align {}", vector(elem, lanes), dtype.bytes(1)));
+        let (pointer, align) = (self.pointer(buffer), self.align(buffer, index, lanes));
+        self.line(&format!("store {} {value}, {pointer} {at}, align {align}", vector(elem, lanes)));
+    }
+
+    /// The type of a buffer's address.
+    fn pointer(&self, buffer: BufferId) -> &'static str {
+        if self.kernel[buffer].space == Space::Shared { "ptr addrspace(3)" } else { "ptr" }
+    }
+
+    /// Bytes that the address of an element is surely a multiple of. On a CPU accesses need not be aligned.
+    fn align(&self, buffer: BufferId, index: &[Expr], lanes: u16) -> u64 {
+        let Buffer { dtype, strides, .. } = &self.kernel[buffer];
+        let bytes = dtype.bytes(1) as u64;
+        if self.features.pause != Pause::Grid {
+            return bytes;
+        }
+        let along =
+            index.iter().zip(strides).map(|(i, &stride)| self.multiple(i).saturating_mul(stride as u64));
+        let elements = along.fold(0, gcd);
+        // Buffers begin at cache lines; no access is longer than 16 bytes. LLVM would fill up an odd vector that is aligned to
+        // more than itself, beyond the end of a row.
+        let whole = bytes << lanes.trailing_zeros();
+        let known =
+            if elements == 0 { 16 } else { (1u64 << elements.trailing_zeros().min(4)).saturating_mul(bytes) };
+        known.min(whole).min(16)
+    }
+
+    /// A number that an index is surely a multiple of; 0 if it is 0.
+    fn multiple(&self, expr: &Expr) -> u64 {
+        match expr {
+            Expr::Int(x) => x.unsigned_abs(),
+            Expr::Sym(sym) => match &self.kernel.symbols.0[sym.0 as usize] {
+                fixed if fixed.min == fixed.max => fixed.min.unsigned_abs(),
+                _ => 1,
+            },
+            Expr::Var(var) => match self.vars.get(var).map(|value| value.parse::<i64>()) {
+                Some(Ok(constant)) => constant.unsigned_abs(),
+                _ => self.multiples.get(var).copied().unwrap_or(1),
+            },
+            Expr::Arith(op, a, b) => {
+                let (a, b) = (self.multiple(a), self.multiple(b));
+                match op {
+                    Arith::Add | Arith::Sub | Arith::Min | Arith::Max | Arith::Rem => gcd(a, b),
+                    Arith::Mul => a.saturating_mul(b),
+                    Arith::Div if b > 0 && a % b == 0 => a / b,
+                    Arith::Div => 1,
+                }
+            }
+            Expr::Select(_, a, b) => gcd(self.multiple(a), self.multiple(b)),
+            _ => 1,
+        }
     }
 
     fn address(&mut self, buffer: BufferId, index: &[Expr]) -> String {
+        self.address_of(buffer, index, "getelementptr inbounds")
+    }
+
+    /// The address of an element that is in the buffer if it is used, by the given instruction.
+    fn address_of(&mut self, buffer: BufferId, index: &[Expr], instruction: &str) -> String {
         let kernel = self.kernel;
         let mut offset = "0".to_string();
         for (expr, stride) in index.iter().zip(&kernel[buffer].strides) {
             let mut term = self.expr(expr);
             if *stride != 1 && term != "0" {
-                term = self.emit(format!("mul nsw i64 {term}, {stride}"));
+                term = self.emit(format!("mul nsw {} {term}, {stride}", self.int));
             }
             offset = match (offset.as_str(), term.as_str()) {
                 ("0", _) => term,
                 (_, "0") => offset,
-                _ => self.emit(format!("add nsw i64 {offset}, {term}")),
+                _ => self.emit(format!("add nsw {} {offset}, {term}", self.int)),
             };
         }
         let elem = match kernel[buffer].dtype {
             DType::Bool => "i8",
             dtype => llvm_elem(dtype),
         };
-        self.emit(format!("getelementptr inbounds {elem}, ptr %b{}, i64 {offset}", buffer.0))
+        let (pointer, int) = (self.pointer(buffer), self.int);
+        self.emit(format!("{instruction} {elem}, {pointer} %b{}, {int} {offset}", buffer.0))
     }
 
     /// The stack slot of a register; its indices are constants by now.
@@ -537,16 +638,17 @@ impl Function<'_> {
                 fixed if fixed.min == fixed.max => fixed.min.to_string(),
                 _ => format!("%sym{}", sym.0),
             },
+            Expr::Thread => "%thread".to_string(),
             Expr::Var(var) => self.vars[var].clone(),
             Expr::Const { value, ty } => literal(*value, *ty),
             Expr::Reg { reg, index } => {
                 let slot = self.slot(*reg, index);
-                self.emit(format!("load {}, ptr {slot}", llvm_type(self.kernel[*reg].ty)))
+                self.emit(format!("load {}, ptr {slot}", self.ty(self.kernel[*reg].ty)))
             }
             Expr::Load { buffer, index, lanes } => self.load(*buffer, index, *lanes),
             Expr::Arith(op, a, b) => self.arith(*op, a, b),
             Expr::Fma(a, b, c) => {
-                let ty = llvm_type(self.type_of(a));
+                let ty = self.ty(self.type_of(a));
                 let lanes = self.type_of(a).lanes();
                 let [a, b, c] = [a, b, c].map(|e| self.expr(e));
                 self.emit(format!(
@@ -563,7 +665,7 @@ impl Function<'_> {
             }
             Expr::Compare(op, a, b) => {
                 let ty = self.type_of(a);
-                let text = llvm_type(ty);
+                let text = self.ty(ty);
                 let (a, b) = (self.expr(a), self.expr(b));
                 let float = matches!(ty, Type::Vector { dtype, .. } if dtype.is_float());
                 let relation = match (op, float) {
@@ -583,7 +685,7 @@ impl Function<'_> {
                 self.emit(format!("{relation} {text} {a}, {b}"))
             }
             Expr::Select(c, a, b) => {
-                let (flags, ty) = (llvm_type(self.type_of(c)), llvm_type(self.type_of(a)));
+                let (flags, ty) = (self.ty(self.type_of(c)), self.ty(self.type_of(a)));
                 let [c, a, b] = [c, a, b].map(|e| self.expr(e));
                 self.emit(format!("select {flags} {c}, {ty} {a}, {ty} {b}"))
             }
@@ -610,7 +712,7 @@ impl Function<'_> {
             }
             Expr::Index(value) => {
                 let value = self.expr(value);
-                self.emit(format!("sext i32 {value} to i64"))
+                if self.int == "i32" { value } else { self.emit(format!("sext i32 {value} to i64")) }
             }
             Expr::Reduce(kind, value) => {
                 let Type::Vector { dtype, mut lanes } = self.type_of(value) else {
@@ -632,20 +734,124 @@ impl Function<'_> {
                 let [acc, a, b] = [acc, a, b].map(|e| self.expr(e));
                 self.dot_bf16(lanes, &acc, &a, &b)
             }
+            Expr::Join(a, b) => self.join(a, b),
+            Expr::Exp2(a) => {
+                let lanes = self.type_of(a).lanes();
+                let a = self.expr(a);
+                self.each_lane(DType::F32, lanes, &a, &|x| {
+                    format!("call float @llvm.nvvm.ex2.approx.ftz.f32(float {x})")
+                })
+            }
+            Expr::Shuffle { value, mask } => {
+                let Type::Vector { dtype, lanes } = self.type_of(value) else { panic!("verified: a vector") };
+                let value = self.expr(value);
+                let (name, elem) = if dtype == DType::I32 { ("i32", "i32") } else { ("f32", "float") };
+                self.each_lane(dtype, lanes, &value, &|x| {
+                    format!(
+                        "call {elem} @llvm.nvvm.shfl.sync.bfly.{name}(i32 -1, {elem} {x}, i32 {mask}, i32 31)"
+                    )
+                })
+            }
+            Expr::Matrix { buffer, index, matrices, trans } => self.matrix(*buffer, index, *matrices, *trans),
+            Expr::Mma(acc, a, b) => self.mma(acc, a, b),
         }
     }
 
     fn load(&mut self, buffer: BufferId, index: &[Expr], lanes: u16) -> String {
         let dtype = self.kernel[buffer].dtype;
         let at = self.address(buffer, index);
-        let align = dtype.bytes(1);
+        let align = self.align(buffer, index, lanes);
         if dtype == DType::Bool {
             let ty = vector("i8", lanes);
-            let bytes = self.emit(format!("load {ty}, ptr {at}, align 1"));
+            let bytes = self.emit(format!("load {ty}, {} {at}, align 1", self.pointer(buffer)));
             let zero = if lanes == 1 { "0" } else { "zeroinitializer" };
             return self.emit(format!("icmp ne {ty} {bytes}, {zero}"));
         }
-        self.emit(format!("load {}, ptr {at}, align {align}", vector(llvm_elem(dtype), lanes)))
+        let pointer = self.pointer(buffer);
+        self.emit(format!("load {}, {pointer} {at}, align {align}", vector(llvm_elem(dtype), lanes)))
+    }
+
+    /// The lanes of one value, then those of another.
+    fn join(&mut self, a: &Expr, b: &Expr) -> String {
+        let (Type::Vector { dtype, lanes: first }, more) = (self.type_of(a), self.type_of(b).lanes()) else {
+            panic!("verified: vectors")
+        };
+        let [a, b] = [a, b].map(|e| self.expr(e));
+        let mut parts: Vec<String> = (0..first).map(|lane| self.pick(dtype, first, &a, lane, 1)).collect();
+        parts.extend((0..more).map(|lane| self.pick(dtype, more, &b, lane, 1)));
+        self.gather(llvm_elem(dtype), &parts)
+    }
+
+    /// A vector of scalars.
+    fn gather(&mut self, elem: &str, parts: &[String]) -> String {
+        let ty = vector(elem, parts.len() as u16);
+        let mut whole = "poison".to_string();
+        for (lane, part) in parts.iter().enumerate() {
+            whole = self.emit(format!("insertelement {ty} {whole}, {elem} {part}, i64 {lane}"));
+        }
+        whole
+    }
+
+    /// An operation on scalars, for each lane.
+    fn each_lane(&mut self, dtype: DType, lanes: u16, value: &str, op: &dyn Fn(&str) -> String) -> String {
+        let done: Vec<String> = (0..lanes)
+            .map(|lane| {
+                let x = self.pick(dtype, lanes, value, lane, 1);
+                self.emit(op(&x))
+            })
+            .collect();
+        if lanes == 1 { done[0].clone() } else { self.gather(llvm_elem(dtype), &done) }
+    }
+
+    fn matrix(&mut self, buffer: BufferId, index: &[Expr], matrices: u16, trans: bool) -> String {
+        let dtype = self.kernel[buffer].dtype;
+        let at = self.address(buffer, index);
+        let trans = if trans { ".trans" } else { "" };
+        let name = format!("llvm.nvvm.ldmatrix.sync.aligned.m8n8.x{matrices}{trans}.b16.p3");
+        let words = match matrices {
+            1 => "i32".to_string(),
+            n => format!("{{ {} }}", vec!["i32"; n.into()].join(", ")),
+        };
+        let loaded = self.emit(format!("call {words} @{name}(ptr addrspace(3) {at})"));
+        let parts: Vec<String> = match matrices {
+            1 => vec![loaded],
+            n => (0..n).map(|i| self.emit(format!("extractvalue {words} {loaded}, {i}"))).collect(),
+        };
+        let whole = if matrices == 1 { parts[0].clone() } else { self.gather("i32", &parts) };
+        let to = vector(llvm_elem(dtype), 2 * matrices);
+        self.emit(format!("bitcast {} {whole} to {to}", vector("i32", matrices)))
+    }
+
+    fn mma(&mut self, acc: &Expr, a: &Expr, b: &Expr) -> String {
+        let Type::Vector { dtype, .. } = self.type_of(a) else { panic!("verified: a vector") };
+        let [acc, a, b] = [acc, a, b].map(|e| self.expr(e));
+        let (name, pair) = match dtype {
+            DType::F16 => ("f32.f32", "<2 x half>"),
+            _ => ("bf16", "i32"),
+        };
+        let mut args = Vec::new();
+        for (value, lanes) in [(a, 8), (b, 4)] {
+            for at in 0..lanes / 2 {
+                let part = self.pick(dtype, lanes, &value, 2 * at, 2);
+                let part = match dtype {
+                    DType::F16 => part,
+                    _ => self.emit(format!("bitcast <2 x i16> {part} to i32")),
+                };
+                args.push(format!("{pair} {part}"));
+            }
+        }
+        for lane in 0..4 {
+            let part = self.pick(DType::F32, 4, &acc, lane, 1);
+            args.push(format!("float {part}"));
+        }
+        let sums = "{ float, float, float, float }";
+        let made = self.emit(format!(
+            "call {sums} @llvm.nvvm.mma.m16n8k16.row.col.{name}({}) convergent",
+            args.join(", ")
+        ));
+        let parts: Vec<String> =
+            (0..4).map(|i| self.emit(format!("extractvalue {sums} {made}, {i}"))).collect();
+        self.gather("float", &parts)
     }
 
     fn arith(&mut self, op: Arith, a: &Expr, b: &Expr) -> String {
@@ -657,12 +863,13 @@ impl Function<'_> {
                 if let (Ok(x), Ok(y)) = (x.parse(), y.parse()) {
                     return index_arith(op, x, y).to_string();
                 }
+                let int = self.int;
                 match op {
-                    Arith::Add => self.emit(format!("add nsw i64 {x}, {y}")),
-                    Arith::Sub => self.emit(format!("sub nsw i64 {x}, {y}")),
-                    Arith::Mul => self.emit(format!("mul nsw i64 {x}, {y}")),
-                    Arith::Min => self.emit(format!("call i64 @llvm.smin.i64(i64 {x}, i64 {y})")),
-                    Arith::Max => self.emit(format!("call i64 @llvm.smax.i64(i64 {x}, i64 {y})")),
+                    Arith::Add => self.emit(format!("add nsw {int} {x}, {y}")),
+                    Arith::Sub => self.emit(format!("sub nsw {int} {x}, {y}")),
+                    Arith::Mul => self.emit(format!("mul nsw {int} {x}, {y}")),
+                    Arith::Min => self.emit(format!("call {int} @llvm.smin.{int}({int} {x}, {int} {y})")),
+                    Arith::Max => self.emit(format!("call {int} @llvm.smax.{int}({int} {x}, {int} {y})")),
                     Arith::Div | Arith::Rem => self.floor_div(op, &x, &y),
                 }
             }
@@ -671,22 +878,23 @@ impl Function<'_> {
 
     /// Division towards minus infinity by a positive constant.
     fn floor_div(&mut self, op: Arith, x: &str, y: &str) -> String {
+        let int = self.int;
         let by: i64 = y.parse().expect("verified: a constant divisor");
         if by & (by - 1) == 0 {
             return match op {
-                Arith::Div => self.emit(format!("ashr i64 {x}, {}", by.trailing_zeros())),
-                _ => self.emit(format!("and i64 {x}, {}", by - 1)),
+                Arith::Div => self.emit(format!("ashr {int} {x}, {}", by.trailing_zeros())),
+                _ => self.emit(format!("and {int} {x}, {}", by - 1)),
             };
         }
-        let rest = self.emit(format!("srem i64 {x}, {by}"));
-        let below = self.emit(format!("icmp slt i64 {rest}, 0"));
-        let up = self.emit(format!("add i64 {rest}, {by}"));
-        let rest = self.emit(format!("select i1 {below}, i64 {up}, i64 {rest}"));
+        let rest = self.emit(format!("srem {int} {x}, {by}"));
+        let below = self.emit(format!("icmp slt {int} {rest}, 0"));
+        let up = self.emit(format!("add {int} {rest}, {by}"));
+        let rest = self.emit(format!("select i1 {below}, {int} {up}, {int} {rest}"));
         if op == Arith::Rem {
             return rest;
         }
-        let whole = self.emit(format!("sub i64 {x}, {rest}"));
-        self.emit(format!("sdiv exact i64 {whole}, {by}"))
+        let whole = self.emit(format!("sub {int} {x}, {rest}"));
+        self.emit(format!("sdiv exact {int} {whole}, {by}"))
     }
 
     fn vector_arith(&mut self, op: Arith, dtype: DType, lanes: u16, x: &str, y: &str) -> String {
@@ -753,7 +961,8 @@ impl Function<'_> {
         let (dtype, lanes) = match from {
             Type::Index | Type::Flag => {
                 return match to {
-                    DType::F32 => self.emit(format!("sitofp i64 {value} to float")),
+                    DType::F32 => self.emit(format!("sitofp {} {value} to float", self.int)),
+                    _ if self.int == "i32" => value.to_string(),
                     _ => self.emit(format!("trunc i64 {value} to i32")),
                 };
             }
@@ -763,6 +972,9 @@ impl Function<'_> {
         let (ints, floats) = (vector("i32", lanes), vector("float", lanes));
         match (dtype, to) {
             (a, b) if a == b => value.to_string(),
+            (DType::BF16, DType::F32) if self.features.pause == Pause::Grid && lanes.is_multiple_of(2) => {
+                self.widen_pairs(value, lanes)
+            }
             (DType::BF16, DType::F32) => {
                 let wide = self.emit(format!("zext {source} {value} to {ints}"));
                 let high = self.emit(format!("shl {ints} {wide}, {}", splat_int(16, lanes)));
@@ -802,6 +1014,22 @@ impl Function<'_> {
                 self.cast(&middle, Type::f32(lanes), b)
             }
         }
+    }
+
+    /// bf16 to f32, two lanes at a time: one instruction each, where registers have 32 bits.
+    fn widen_pairs(&mut self, value: &str, lanes: u16) -> String {
+        let words = vector("i32", lanes / 2);
+        let all = self.emit(format!("bitcast {} {value} to {words}", vector("i16", lanes)));
+        let mut parts = Vec::new();
+        for pair in 0..lanes / 2 {
+            let word = self.pick(DType::I32, lanes / 2, &all, pair, 1);
+            let halves = [format!("shl i32 {word}, 16"), format!("and i32 {word}, -65536")];
+            for half in halves {
+                let bits = self.emit(half);
+                parts.push(self.emit(format!("bitcast i32 {bits} to float")));
+            }
+        }
+        self.gather("float", &parts)
     }
 
     /// f32 to bf16 to nearest even, by integers: for targets without the instruction. NaN stays NaN.
@@ -848,6 +1076,10 @@ impl Function<'_> {
         }
         sum
     }
+}
+
+fn gcd(a: u64, b: u64) -> u64 {
+    if b == 0 { a } else { gcd(b, a % b) }
 }
 
 fn index_arith(op: Arith, x: i64, y: i64) -> i64 {

@@ -1,22 +1,55 @@
-//! Kernels to PTX, for families whose rows or elements are independent: row-wise, element-wise, gather, sample.
+//! Kernels to PTX.
 //!
-//! A worker is a thread of the grid; the iterations of `parallel` are dealt out to them, so any grid computes the whole. A
-//! kernel's parameters are the addresses of its buffers, then its symbols as 64-bit integers, each in the order of its
-//! text. Products and attention need schedules of their own on a GPU and are refused here.
+//! A worker is a CTA; the iterations of `parallel` are dealt out to the CTAs of the grid, so any grid computes the whole. A
+//! kernel's parameters are the addresses of its buffers, then its symbols as 32-bit integers, each in the order of its
+//! text. Its shared memory is dynamic: the launch says how much, as [`ir::kernel::Kernel::shared_bytes`] does.
 
 use crate::cpu::{CodegenError, Form, PASSES, emit};
-use crate::lower::{Features, Pause, ending, function};
+use crate::lower::{DECLARE_SHARED, Features, Pause, ending, function};
 use inkwell::targets::{InitializationConfig, Target};
-use ir::graph::Family;
-use ir::kernel::{Kernel, Space, Stmt};
+use ir::kernel::{Buffer, Kernel};
 use std::collections::BTreeSet;
 
-/// The target's name on the command line.
-pub const SM_80: &str = "cuda:sm_80";
+/// A GPU that PTX can be made for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Architecture {
+    /// As on the command line: `cuda:sm_80`.
+    pub name: &'static str,
+    /// LLVM's name of it, which is PTX's.
+    pub cpu: &'static str,
+    /// LLVM's feature for the lowest version of the ISA that has what is used.
+    pub isa: &'static str,
+    /// What it is, in a line.
+    pub meaning: &'static str,
+    /// Bytes of shared memory that kernels may use: what the least of the GPUs allows that run it.
+    pub shared_bytes: usize,
+}
 
-/// What schedules may count on: the 255 registers of four bytes that a thread can name.
-pub fn target() -> ir::target::Target {
-    ir::target::Target { name: SM_80.to_string(), vector_registers: 255, vector_bytes: 4 }
+/// LLVM's name of the machine.
+pub(crate) const TRIPLE: &str = "nvptx64-nvidia-cuda";
+
+/// Version of how kernels are called: their parameters, names and shared memory. `runtime::gpu` has the same number.
+pub const ABI: u32 = 1;
+
+/// Every architecture.
+pub const ARCHITECTURES: [Architecture; 1] = [Architecture {
+    name: "cuda:sm_80",
+    cpu: "sm_80",
+    isa: "+ptx74",
+    meaning: "NVIDIA GPUs from Ampere (2020) on",
+    shared_bytes: 99 << 10,
+}];
+
+/// The architecture of that name.
+pub fn architecture(name: &str) -> Option<&'static Architecture> {
+    ARCHITECTURES.iter().find(|a| a.name == name)
+}
+
+impl Architecture {
+    /// What schedules ask.
+    pub fn target(&self) -> ir::target::Target {
+        ir::target::Target::gpu(self.name, self.shared_bytes)
+    }
 }
 
 /// A kernel's name in PTX, which knows no dots: `q.1` is `k_q$1`.
@@ -24,48 +57,50 @@ pub fn symbol(kernel: &str) -> String {
     format!("k_{}", kernel.replace('.', "$"))
 }
 
-/// Is there a form of this kernel for a grid of threads?
+/// Can PTX be made of this kernel?
 ///
 /// # Errors
 ///
 /// [`CodegenError::Unsupported`], which names what is missing.
 pub fn check(kernel: &Kernel) -> Result<(), CodegenError> {
-    let what = match kernel.family {
-        Family::Dot => "a product (its tiles need shared memory and mma.sync)",
-        Family::Attention => "attention (its tiles need shared memory, mma.sync and cp.async)",
-        Family::Rowwise | Family::Elementwise | Family::Gather | Family::Sample => {
-            if kernel.body.iter().any(|s| matches!(s, Stmt::Barrier)) {
-                "a barrier of all workers"
-            } else if kernel.buffers.iter().any(|b| b.space == Space::Local) {
-                "memory on the stack"
-            } else {
-                return Ok(());
-            }
-        }
+    let large = |buffer: &&Buffer| {
+        let bytes = buffer.span().checked_mul(buffer.dtype.bytes(1) as i64);
+        bytes.is_none_or(|bytes| bytes >= 1 << 33) || buffer.span() > i64::from(i32::MAX)
     };
-    Err(CodegenError::Unsupported {
-        kernel: kernel.name.clone(),
-        target: SM_80.to_string(),
-        what: what.to_string(),
-    })
+    let what = if kernel.threads == 1 {
+        "a worker of one thread".to_string()
+    } else if let Some(buffer) = kernel.buffers.iter().find(large) {
+        format!("%{}, whose indices have more than 32 bits,", buffer.name)
+    } else {
+        return Ok(());
+    };
+    Err(CodegenError::Unsupported { kernel: kernel.name.clone(), target: "a GPU".to_string(), what })
 }
 
-/// PTX of a module of kernels for `sm_80` and later, in the lowest version of the ISA that has what is used (7.4).
+/// PTX of a module's text, in the lowest version of the ISA that has what is used.
 ///
 /// # Errors
 ///
-/// As [`check`], or when LLVM refuses the text.
-pub fn ptx(kernels: &[&Kernel]) -> Result<String, CodegenError> {
-    let mut text = String::new();
+/// When LLVM refuses the text, which is a fault of [`crate::lower`].
+pub fn compile(llvm: &str, architecture: &Architecture) -> Result<String, CodegenError> {
+    Target::initialize_nvptx(&InitializationConfig::default());
+    // A call would pass vectors through parameter memory.
+    let passes = format!("always-inline,{PASSES}");
+    let ptx = emit(llvm, TRIPLE, architecture.cpu, architecture.isa, &passes, Form::Assembly)?;
+    Ok(String::from_utf8_lossy(&ptx).trim_end_matches('\0').to_string())
+}
+
+/// LLVM IR text of a module of kernels.
+///
+/// # Errors
+///
+/// As [`check`].
+pub fn llvm(kernels: &[Kernel]) -> Result<String, CodegenError> {
+    let mut text = String::from(DECLARE_SHARED);
     let mut needs = BTreeSet::new();
     for kernel in kernels {
         check(kernel)?;
-        text += &function(kernel, Features { bf16: false, pause: Pause::Grid }, &mut needs);
+        text += &function(kernel, Features { bf16: true, pause: Pause::Grid }, &mut needs);
     }
-    text += &ending(needs);
-    Target::initialize_nvptx(&InitializationConfig::default());
-    // A call would pass 16 lanes through parameter memory.
-    let passes = format!("always-inline,{PASSES}");
-    let ptx = emit(&text, "nvptx64-nvidia-cuda", "sm_80", "+ptx74", &passes, Form::Assembly)?;
-    Ok(String::from_utf8_lossy(&ptx).trim_end_matches('\0').to_string())
+    Ok(text + &ending(needs))
 }

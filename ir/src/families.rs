@@ -8,6 +8,7 @@ pub mod alone;
 pub mod attention;
 pub mod dot;
 pub mod elementwise;
+pub mod gpu;
 pub mod rowwise;
 pub mod sample;
 
@@ -17,7 +18,8 @@ use crate::graph::{Family, Graph, GroupId, ValueId};
 use crate::kernel::Kernel;
 use crate::op::Op;
 use crate::schedule::numeric_class as numeric_part;
-use crate::target::Target;
+use crate::target::{Machine, Target};
+use access::Lowering;
 
 /// What a launch binds to a parameter of its kernel.
 #[derive(Clone, Debug, PartialEq)]
@@ -174,9 +176,15 @@ pub struct Candidate {
 pub fn candidates(view: &GroupView<'_>, target: &Target) -> Result<Vec<Candidate>, LowerError> {
     check_extents(view)?;
     let by_preference = |schedule| Candidate { schedule, cost: None };
+    let vectors = match &target.machine {
+        Machine::Cpu(vectors) => vectors,
+        Machine::Gpu(gpu) => return Ok(gpu::schedules(view, gpu)?.into_iter().map(by_preference).collect()),
+    };
     match view.family() {
-        Family::Dot => dot::candidates(view, target),
-        Family::Attention => Ok(attention::schedules(view, target)?.into_iter().map(by_preference).collect()),
+        Family::Dot => dot::candidates(view, vectors),
+        Family::Attention => {
+            Ok(attention::schedules(view, vectors)?.into_iter().map(by_preference).collect())
+        }
         Family::Rowwise | Family::Elementwise | Family::Gather | Family::Sample => {
             Ok(vec![by_preference(String::new())])
         }
@@ -213,11 +221,15 @@ pub fn numeric_class(family: Family, schedule: &str) -> Result<String, String> {
 /// When the family does not cover the group, or the schedule does not fit it.
 pub fn lower(view: &GroupView<'_>, target: &Target) -> Result<Lowered, LowerError> {
     check_extents(view)?;
+    let vectors = match &target.machine {
+        Machine::Cpu(vectors) => vectors,
+        Machine::Gpu(gpu) => return gpu::lower(view, gpu),
+    };
     match view.family() {
-        Family::Dot => dot::lower(view, target),
-        Family::Attention => attention::lower(view, target),
-        Family::Rowwise => rowwise::lower(view),
-        Family::Elementwise | Family::Gather => elementwise::lower(view),
+        Family::Dot => dot::lower(view, vectors),
+        Family::Attention => attention::lower(view, vectors),
+        Family::Rowwise => rowwise::lower(Lowering::new(view)),
+        Family::Elementwise | Family::Gather => elementwise::lower(Lowering::new(view)),
         Family::Sample => sample::lower(view),
     }
 }

@@ -79,8 +79,9 @@ pub enum Layout {
     },
 }
 
-/// Packed weights of one segment of a `dot` group: `[n/16][streams][k/word][16][word]`. Column `n` of stream `s` is
-/// row `rows(n)` of that stream's tensor; columns and `k` beyond the end are zero.
+/// Packed weights of one segment of a `dot` group: `[n/lanes][streams][k/word][lanes][word]`. Column `n` of stream `s` is
+/// row `rows(n)` of that stream's tensor; columns and `k` beyond the end are zero. On a CPU a panel has 16 columns, and a word
+/// is 32 bits; on a GPU a panel is one column and its only word all of `k`: rows of memory.
 ///
 /// Streams are rows that one output element needs together (gate and up; the two halves of a rotated head), so they
 /// lie beside each other. The order depends on no vector width and no tile: one packing serves every CPU level,
@@ -95,7 +96,9 @@ pub struct Pack {
     pub n: usize,
     /// Length of the contraction.
     pub k: usize,
-    /// Elements of `k` in one 32-bit word: 1 or 2.
+    /// Columns of a panel.
+    pub lanes: usize,
+    /// Elements of `k` in one word.
     pub word: usize,
     /// Where the columns come from.
     pub streams: Vec<Stream>,
@@ -123,12 +126,12 @@ impl Stream {
 }
 
 impl Pack {
-    /// Columns of a panel, whatever the vector width: 16 words are one cache line.
+    /// Columns of a panel on a CPU, whatever the vector width: 16 words of 32 bits are one cache line.
     pub const LANES: usize = 16;
 
     /// Panels of each stream.
     pub fn panels(&self) -> usize {
-        self.n.div_ceil(Pack::LANES)
+        self.n.div_ceil(self.lanes)
     }
 
     /// Words of `k` in a column.
@@ -138,13 +141,13 @@ impl Pack {
 
     /// Elements in all, padding counted.
     pub fn elems(&self) -> usize {
-        self.panels() * self.streams.len() * self.words() * Pack::LANES * self.word
+        self.panels() * self.streams.len() * self.words() * self.lanes * self.word
     }
 
     /// Position of element `k` of column `n` of `stream`.
     pub fn index(&self, stream: usize, n: usize, k: usize) -> usize {
-        let panel = n / Pack::LANES * self.streams.len() + stream;
-        ((panel * self.words() + k / self.word) * Pack::LANES + n % Pack::LANES) * self.word + k % self.word
+        let panel = n / self.lanes * self.streams.len() + stream;
+        ((panel * self.words() + k / self.word) * self.lanes + n % self.lanes) * self.word + k % self.word
     }
 }
 

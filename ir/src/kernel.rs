@@ -4,11 +4,17 @@
 //!   iteration to the next lives in register files ([`Stmt::Reg`]): arrays of vectors that only constants index,
 //!   so that they never reach memory.
 //! * **Memory** is a list of [`Buffer`]s with dtype, shape and strides; every access is checked against them by the
-//!   verifier where it can, else by the interpreter.
+//!   verifier where it can, else by the interpreter (of threads: by the PTX emulator).
 //! * **Control** is `for`, `if`, and `unroll`, whose variable is a constant in each copy of its body.
 //! * **Parallelism**: the body is run by every worker. A `parallel` loop's iterations are split over them, in one
 //!   contiguous piece each; what follows it starts without waiting unless a `barrier` stands between. Statements
 //!   outside of `parallel` may compute and declare, but not store to global memory.
+//! * **Threads**: on a GPU a worker is a CTA of [`Kernel::threads`] threads. Each runs the body with values and registers of
+//!   its own and its number, `thread`; they have `shared` memory, meet at `sync`, and in warps of 32 exchange values
+//!   (`shuffle`), load matrices (`matrix`) and multiply them (`mma`). `copy` fetches memory in the background: `commit` ends a
+//!   group of copies, `wait n` waits until all but the newest `n` groups of this thread have arrived, and a `sync` behind it
+//!   lets the others see them. What must be done by all threads of a warp or CTA together may not stand where some of them
+//!   do not come.
 //!
 //! ```text
 //! kernel @l0.down : dot, schedule "mr 1, nr 4" (T in 1..1) {
@@ -40,6 +46,9 @@ use crate::op::{Compare, Reduction, Unary};
 /// of a sum is the same on all.
 pub const LANES: u16 = 16;
 
+/// Threads of a warp.
+pub const WARP: u16 = 32;
+
 /// Index of a value (a `let` or a loop variable) in [`Kernel::vars`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct VarId(pub u32);
@@ -61,6 +70,8 @@ pub struct Kernel {
     pub family: Family,
     /// Text of the schedule it was made with.
     pub schedule: String,
+    /// Threads of a worker: 1 on a CPU; on a GPU, where a worker is a CTA, whole warps.
+    pub threads: u16,
     /// Run-time scalars: `T` and what else the shapes name.
     pub symbols: Symbols,
     /// Parameters in calling order, then locals.
@@ -80,6 +91,8 @@ pub enum Space {
     Global(Access),
     /// One copy a worker, undefined at first. Text: `local`.
     Local,
+    /// One copy a worker, seen by all its threads, undefined at first. Text: `shared`.
+    Shared,
 }
 
 /// What a kernel may do to a parameter.
@@ -120,6 +133,14 @@ pub struct Buffer {
     pub shape: Vec<Dim>,
     /// Elements from one index to the next on each axis; the last is 1.
     pub strides: Vec<i64>,
+}
+
+impl Buffer {
+    /// Elements from the first to the last, both counted, of a buffer of constant shape.
+    pub fn span(&self) -> i64 {
+        let last = |(dim, stride): (&Dim, &i64)| (dim.constant().unwrap_or(1) - 1).max(0) * stride;
+        1 + self.shape.iter().zip(&self.strides).map(last).sum::<i64>()
+    }
 }
 
 /// Row-major strides; extents behind the first must be constant.
@@ -249,6 +270,19 @@ impl Arith {
             Arith::Max => "max",
         }
     }
+
+    /// Of two indices; `None` where it overflows or divides by zero.
+    pub fn of_indices(self, a: i64, b: i64) -> Option<i64> {
+        match self {
+            Arith::Add => a.checked_add(b),
+            Arith::Sub => a.checked_sub(b),
+            Arith::Mul => a.checked_mul(b),
+            Arith::Div => a.checked_div_euclid(b),
+            Arith::Rem => a.checked_rem_euclid(b),
+            Arith::Min => Some(a.min(b)),
+            Arith::Max => Some(a.max(b)),
+        }
+    }
 }
 
 /// A pure computation.
@@ -258,6 +292,8 @@ pub enum Expr {
     Int(i64),
     /// A run-time scalar of the launch; an index.
     Sym(Sym),
+    /// The number of the thread in its worker; an index. Text: `thread`.
+    Thread,
     /// A named value.
     Var(VarId),
     /// A literal in every lane: `f32x16(0.0)`.
@@ -309,6 +345,8 @@ pub enum Expr {
         /// How many.
         lanes: u16,
     },
+    /// The lanes of one value, then those of another of its dtype: `join(%a, %b)`.
+    Join(Box<Expr>, Box<Expr>),
     /// `0, 1, 2, ...` in i32: `iota(16)`.
     Iota {
         /// How many.
@@ -328,6 +366,34 @@ pub enum Expr {
     /// `dot.bf16(acc, a, b)`: lane `i` of `acc` plus the products of lanes `2i` and `2i + 1`, in f32. The rounding
     /// between the two, and of subnormals, is the machine's (`vdpbf16ps`; elsewhere two FMAs).
     DotBf16(Box<Expr>, Box<Expr>, Box<Expr>),
+    /// Two to the power of each f32 lane, to a relative error of 2^-22; subnormal results are zero: `exp2(%x)`. (PTX
+    /// `ex2.approx.ftz.f32`.)
+    Exp2(Box<Expr>),
+    /// The value that the lane `l ^ mask` of the warp has, in each lane `l`, of f32 or i32: `shuffle(%v, 16)`. (PTX
+    /// `shfl.sync.bfly`.)
+    Shuffle {
+        /// What is exchanged.
+        value: Box<Expr>,
+        /// 1 to 31.
+        mask: u16,
+    },
+    /// Matrices of 8 rows of 16 bytes from shared memory: `matrix %a[%r, %c] : bf16x8`. Lane `8 j + r` gives the place of row
+    /// `r` of matrix `j`; of each matrix lane `l` gets the two elements `2 (l % 4)` of row `l / 4`. `matrix.t` gives it those
+    /// of the transposed matrix. (PTX `ldmatrix.m8n8`; the buffer has elements of two bytes.)
+    Matrix {
+        /// From where.
+        buffer: BufferId,
+        /// One index an axis.
+        index: Vec<Expr>,
+        /// How many: 1, 2 or 4; the value has twice as many lanes.
+        matrices: u16,
+        /// Transposed.
+        trans: bool,
+    },
+    /// `mma(acc, a, b)`: a warp's 16 x 8 sums, plus the product of 16 x 16 by 16 x 8, f32 of bf16 or f16. With `g = lane / 4`
+    /// and `t = lane % 4`, element `i` of `acc` is row `g + 8 (i / 2)`, column `2 t + i % 2`; of `a` (8) row `g + 8 (i / 2 %
+    /// 2)`, k `2 t + i % 2 + 8 (i / 4)`; of `b` (4) k `2 t + i % 2 + 8 (i / 2)`, column `g`. (PTX `mma.sync.m16n8k16`.)
+    Mma(Box<Expr>, Box<Expr>, Box<Expr>),
 }
 
 /// One step of a kernel.
@@ -414,6 +480,28 @@ pub enum Stmt {
     },
     /// Waits for all workers; what they stored is then seen by all. Only in a kernel's outermost block.
     Barrier,
+    /// Waits for all threads of the worker; what they stored is then seen by all.
+    Sync,
+    /// Begins to copy 16 bytes to shared memory: `copy %s[%i, 0] = %x[%t, %k] : bf16x8, %n`. Only the first `count` elements
+    /// (at least 0, at most all) are read; the others become zero. (PTX `cp.async`.)
+    Copy {
+        /// To where, in shared memory.
+        to: BufferId,
+        /// One index an axis.
+        at: Vec<Expr>,
+        /// From where, in global memory.
+        from: BufferId,
+        /// One index an axis.
+        index: Vec<Expr>,
+        /// Elements written.
+        lanes: u16,
+        /// Elements read.
+        count: Expr,
+    },
+    /// Ends a group of copies, which may be empty.
+    Commit,
+    /// Waits until all groups of this thread but the newest so many have arrived.
+    Wait(u16),
 }
 
 impl std::ops::Index<BufferId> for Kernel {
@@ -444,16 +532,66 @@ impl Kernel {
         ids.filter(|(_, buffer)| matches!(buffer.space, Space::Global(_)))
     }
 
+    /// Where each shared buffer begins in a worker's shared memory: bytes, multiples of 128, in the order of the buffers.
+    pub fn shared_offsets(&self) -> impl Iterator<Item = (BufferId, i64)> {
+        let shared = (0..).map(BufferId).zip(&self.buffers).filter(|(_, b)| b.space == Space::Shared);
+        shared.scan(0, |end, (id, buffer)| {
+            let begin = *end;
+            *end += (buffer.span() * buffer.dtype.bytes(1) as i64 + 127) / 128 * 128;
+            Some((id, begin))
+        })
+    }
+
+    /// Bytes of shared memory that a worker needs.
+    pub fn shared_bytes(&self) -> i64 {
+        let last = self.shared_offsets().last();
+        last.map_or(0, |(id, begin)| {
+            begin + (self[id].span() * self[id].dtype.bytes(1) as i64 + 127) / 128 * 128
+        })
+    }
+
+    /// The most turns that a `parallel` loop of this kernel has: workers beyond that have nothing to do. 1 if it cannot be said.
+    pub fn turns(&self, symbols: &[i64; crate::dim::MAX_SYMBOLS]) -> i64 {
+        let counts = self.body.iter().filter_map(|stmt| match stmt {
+            Stmt::Parallel { count, .. } => Some(self.value_of(count, symbols).unwrap_or(1)),
+            _ => None,
+        });
+        counts.max().unwrap_or(1).max(1)
+    }
+
+    /// What an index made of numbers and symbols is.
+    fn value_of(&self, expr: &Expr, symbols: &[i64; crate::dim::MAX_SYMBOLS]) -> Option<i64> {
+        match expr {
+            Expr::Int(x) => Some(*x),
+            Expr::Sym(sym) => symbols.get(sym.0 as usize).copied(),
+            Expr::Arith(op, a, b) => op.of_indices(self.value_of(a, symbols)?, self.value_of(b, symbols)?),
+            _ => None,
+        }
+    }
+
     /// The type of an expression of this kernel, as its parts say; the verifier checks that they fit.
     pub fn type_of(&self, expr: &Expr) -> Type {
         match expr {
-            Expr::Int(_) | Expr::Sym(_) | Expr::Index(_) => Type::Index,
+            Expr::Int(_) | Expr::Sym(_) | Expr::Thread | Expr::Index(_) => Type::Index,
             Expr::Var(var) => self[*var].ty,
             Expr::Const { ty, .. } => *ty,
             Expr::Reg { reg, .. } => self[*reg].ty,
             Expr::Load { buffer, lanes, .. } => Type::Vector { dtype: self[*buffer].dtype, lanes: *lanes },
-            Expr::Arith(_, a, _) | Expr::Fma(a, _, _) | Expr::Unary(_, a) | Expr::DotBf16(a, _, _) => {
-                self.type_of(a)
+            Expr::Arith(_, a, _)
+            | Expr::Fma(a, _, _)
+            | Expr::Unary(_, a)
+            | Expr::DotBf16(a, _, _)
+            | Expr::Exp2(a)
+            | Expr::Shuffle { value: a, .. }
+            | Expr::Mma(a, _, _) => self.type_of(a),
+            Expr::Join(a, b) => match (self.type_of(a), self.type_of(b)) {
+                (Type::Vector { dtype, lanes }, Type::Vector { lanes: more, .. }) => {
+                    Type::Vector { dtype, lanes: lanes.saturating_add(more) }
+                }
+                (other, _) => other,
+            },
+            Expr::Matrix { buffer, matrices, .. } => {
+                Type::Vector { dtype: self[*buffer].dtype, lanes: matrices.saturating_mul(2) }
             }
             Expr::Compare(_, a, _) => match self.type_of(a) {
                 Type::Vector { lanes, .. } => Type::Vector { dtype: DType::Bool, lanes },
@@ -560,6 +698,26 @@ impl Expr {
         Expr::Reduce(kind, Box::new(self))
     }
 
+    /// The lanes of `self`, then those of `b`.
+    pub fn join(self, b: Expr) -> Expr {
+        Expr::Join(Box::new(self), Box::new(b))
+    }
+
+    /// Two to the power of each lane. See [`Expr::Exp2`].
+    pub fn exp2(self) -> Expr {
+        Expr::Exp2(Box::new(self))
+    }
+
+    /// The value of the lane `mask` away. See [`Expr::Shuffle`].
+    pub fn shuffle(self, mask: u16) -> Expr {
+        Expr::Shuffle { value: Box::new(self), mask }
+    }
+
+    /// `self` plus a product of matrices. See [`Expr::Mma`].
+    pub fn mma(self, a: Expr, b: Expr) -> Expr {
+        Expr::Mma(Box::new(self), Box::new(a), Box::new(b))
+    }
+
     /// `self` plus products of pairs. See [`Expr::DotBf16`].
     pub fn dot_bf16(self, a: Expr, b: Expr) -> Expr {
         Expr::DotBf16(Box::new(self), Box::new(a), Box::new(b))
@@ -620,6 +778,7 @@ impl Builder {
             name: name.to_string(),
             family,
             schedule,
+            threads: 1,
             symbols,
             buffers: Vec::new(),
             vars: Vec::new(),
@@ -681,6 +840,12 @@ impl Builder {
         self.push(Stmt::For { var, lo, hi, step, body });
     }
 
+    /// Ends the body of `unroll var in 0..count`.
+    pub fn close_unroll(&mut self, var: VarId, count: usize) {
+        let body = self.close();
+        self.push(Stmt::Unroll { var, count: count as i64, body });
+    }
+
     /// Ends the body of `parallel var in 0..count`.
     pub fn close_parallel(&mut self, var: VarId, count: Expr) {
         let body = self.close();
@@ -717,6 +882,23 @@ impl Builder {
     pub fn local(&mut self, name: &str, dtype: DType, shape: &[usize]) -> BufferId {
         let shape: Vec<Dim> = shape.iter().map(|&n| n.into()).collect();
         self.buffer(name, Space::Local, dtype, &shape, None)
+    }
+
+    /// Makes a worker of so many threads.
+    pub fn threads(&mut self, threads: usize) {
+        self.kernel.threads = threads as u16;
+    }
+
+    /// Adds shared memory of constant shape with `pitch` elements from one index of the last axis but one to the next.
+    pub fn shared(&mut self, name: &str, dtype: DType, shape: &[usize], pitch: usize) -> BufferId {
+        let dims: Vec<Dim> = shape.iter().map(|&n| n.into()).collect();
+        let mut strides = vec![1i64; shape.len()];
+        for axis in (0..shape.len().saturating_sub(1)).rev() {
+            let inner =
+                if axis + 2 == shape.len() { pitch } else { shape[axis + 1] * strides[axis + 1] as usize };
+            strides[axis] = inner as i64;
+        }
+        self.buffer(name, Space::Shared, dtype, &dims, Some(strides))
     }
 
     /// Names a value.
@@ -794,8 +976,7 @@ impl Builder {
         }
         let var = self.open_loop(name);
         body(self, Expr::Var(var));
-        let body = self.close();
-        self.push(Stmt::Unroll { var, count: count as i64, body });
+        self.close_unroll(var, count);
     }
 
     /// A loop split over the workers.
@@ -811,6 +992,33 @@ impl Builder {
         then(self);
         let then = self.close();
         self.if_else(cond, then, Vec::new());
+    }
+
+    /// Waits for all threads of the worker.
+    pub fn sync(&mut self) {
+        self.push(Stmt::Sync);
+    }
+
+    /// Matrices from shared memory. See [`Expr::Matrix`].
+    pub fn matrix(&self, buffer: BufferId, index: &[Expr], matrices: u16, trans: bool) -> Expr {
+        Expr::Matrix { buffer, index: index.to_vec(), matrices, trans }
+    }
+
+    /// Begins to copy 16 bytes. See [`Stmt::Copy`].
+    pub fn copy(&mut self, to: (BufferId, &[Expr]), from: (BufferId, &[Expr]), count: Expr) {
+        let lanes = (16 / self.kernel[to.0].dtype.bytes(1)) as u16;
+        let (at, index) = (to.1.to_vec(), from.1.to_vec());
+        self.push(Stmt::Copy { to: to.0, at, from: from.0, index, lanes, count });
+    }
+
+    /// Ends a group of copies.
+    pub fn commit(&mut self) {
+        self.push(Stmt::Commit);
+    }
+
+    /// Waits for all groups of copies but the newest so many.
+    pub fn wait(&mut self, newest: usize) {
+        self.push(Stmt::Wait(newest as u16));
     }
 
     /// Waits for all workers.

@@ -9,7 +9,7 @@
 //! type   = word "[" [dim ("," dim)*] "]"
 //! dim    = ["-"] term (("+" | "-") term)*         term = int ["*" word] | word
 //! group  = "group" @name ":" word ["," "schedule" string ["measured"]] "{" value* "}"
-//! pack   = "pack" @name ":" word "{" n, k, word, "streams" "=" "[" stream ("," stream)* "]" "}"
+//! pack   = "pack" @name ":" word "{" n, k, [lanes,] word, "streams" "=" "[" stream ("," stream)* "]" "}"
 //! stream = %name "[" ("n" | "n" "/" int "*" int "+" "n" "%" int) ["+" int] "]"
 //! output = "output" string "=" %name ":" type
 //! ```
@@ -725,12 +725,15 @@ impl<'a> Parser<'a> {
         self.sign("`:`")?;
         let dtype = self.dtype()?;
         self.sign("`{`")?;
-        let [n, k, word] = [self.size("`n`")?, self.size("`k`")?, self.size("`word`")?];
+        let [n, k] = [self.size("`n`")?, self.size("`k`")?];
+        let named = matches!(self.peek().kind, Kind::Word("lanes"));
+        let lanes = if named { self.size("`lanes`")? } else { Pack::LANES };
+        let word = self.size("`word`")?;
         self.field("`streams`")?;
         self.sign("`[`")?;
         let streams = self.list("`]`", ("streams", MAX_OPERANDS), |parser| parser.stream(n))?;
         self.sign("`}`")?;
-        self.graph.packs.push(Pack { name, dtype, n, k, word, streams });
+        self.graph.packs.push(Pack { name, dtype, n, k, lanes, word, streams });
         Ok(())
     }
 
@@ -903,7 +906,12 @@ mod tests {
             };
             let n = if streams.len() == 1 { n } else { half };
             let (name, dtype) = (format!("p.{}", graph.packs.len()), graph[id].ty.dtype);
-            graph.packs.push(Pack { name, dtype, n, k, word: 1 + rng.below(2), streams });
+            let (lanes, word) = if rng.below(3) == 0 {
+                (1, k + rng.below(k.next_multiple_of(64) - k + 1))
+            } else {
+                (Pack::LANES, 1 + rng.below(2))
+            };
+            graph.packs.push(Pack { name, dtype, n, k, lanes, word, streams });
         }
         if rng.below(2) == 0 {
             graph.packs.reverse();

@@ -41,8 +41,8 @@ pub enum Run {
 #[rustfmt::skip] // a table: one pass a line
 pub const PASSES: [Pass; 7] = [
     Pass { name: "simplify", does: "folds constants, drops dead and repeated values",                                      run: Run::Graph(|graph, _| { simplify::simplify(graph); Ok(()) }) },
-    Pass { name: "fuse",     does: "groups values into kernels",                                                           run: Run::Graph(|graph, _| { fuse::fuse(graph); Ok(()) }) },
-    Pass { name: "layout",   does: "chooses the packing of each weight",                                                   run: Run::Graph(|graph, _| { layout::layout(graph); Ok(()) }) },
+    Pass { name: "fuse",     does: "groups values into kernels",                                                           run: Run::Graph(|graph, target| { fuse::fuse(graph, target); Ok(()) }) },
+    Pass { name: "layout",   does: "chooses the packing of each weight",                                                   run: Run::Graph(|graph, target| { layout::layout(graph, target); Ok(()) }) },
     Pass { name: "share",    does: "lets all graphs of a model agree on caches and packings, so that each is stored once", run: Run::Graphs(share::share) },
     Pass { name: "schedule", does: "gives each group a schedule",                                                          run: Run::Graph(schedule::schedule) },
     Pass { name: "lower",    does: "generates the kernels of the groups",                                                  run: Run::Kernels },

@@ -101,10 +101,11 @@ pub fn group_head(group: &Group) -> String {
 
 /// A pack's line.
 pub fn pack(graph: &Graph, pack: &Pack) -> String {
-    let Pack { name, dtype, n, k, word, streams } = pack;
+    let Pack { name, dtype, n, k, lanes, word, streams } = pack;
     let streams: Vec<String> = streams.iter().map(|s| stream(graph, *n, s)).collect();
     let streams = streams.join(", ");
-    format!("pack @{name} : {dtype} {{ n = {n}, k = {k}, word = {word}, streams = [{streams}] }}")
+    let lanes = if *lanes == Pack::LANES { String::new() } else { format!("lanes = {lanes}, ") };
+    format!("pack @{name} : {dtype} {{ n = {n}, k = {k}, {lanes}word = {word}, streams = [{streams}] }}")
 }
 
 /// `%w[n / 32 * 64 + n % 32 + 32]`; `%w[n]` where the one chunk is the whole: `chunk = stride = n`.

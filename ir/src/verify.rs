@@ -16,7 +16,7 @@
 //! 7. Groups: not empty; the values of one stand together, and groups stand in their order. Inputs, weights,
 //!    states and constants are in none.
 //! 8. Packs: each stream's weight is a `weight` of the pack's dtype and of `k` columns, every column `n` comes
-//!    from a row that it has, `word` is 1 or 2 and nothing is empty.
+//!    from a row that it has, nothing is empty, and words are no longer than a padded row.
 //! 9. Layouts: a pitch holds a row, panels are of a tensor with three axes and words of 1 or 2.
 
 use crate::dim::{Dim, MAX_SYMBOLS, Symbols};
@@ -93,7 +93,7 @@ pub enum Fault {
     Group,
     #[error("a value that is bound or constant belongs to no group")]
     Bound,
-    #[error("a pack has columns, a `k`, words of 1 or 2 and chunks of 1 or more")]
+    #[error("a pack has columns, a `k`, words that a padded row holds and chunks of 1 or more")]
     Pack,
     #[error("`%{name}` is not a `weight` of shape [rows, {k}] and dtype {dtype}")]
     Stream { name: String, k: usize, dtype: DType },
@@ -354,12 +354,13 @@ fn groups<'a>(graph: &'a Graph, seen: &mut Seen<'a>) -> Result<(), VerifyError> 
 
 /// Rule 8.
 fn pack<'a>(graph: &'a Graph, pack: &'a Pack, seen: &mut Seen<'a>) -> Result<(), Fault> {
-    let Pack { name, dtype, n, k, word, streams } = pack;
+    let Pack { name, dtype, n, k, lanes, word, streams } = pack;
     self::name(name)?;
     once("pack", name, &mut seen.packs)?;
     let limit = MAX_EXTENT as usize;
     let empty = *n == 0 || *k == 0 || streams.is_empty() || *n > limit || *k > limit;
-    if empty || !(1..=2).contains(word) {
+    // A word that is all of `k` may be padded to whole cache lines.
+    if empty || !(1..=1024).contains(lanes) || *word == 0 || *word > k.next_multiple_of(64) {
         return Err(Fault::Pack);
     }
     for Stream { weight, chunk, stride, offset } in streams {

@@ -31,7 +31,7 @@ fn attention(causal: bool) -> Graph {
 
 /// What the kernel of the graph's only group does for the largest step; and how many bytes of K and V it loads.
 fn counted(graph: &Graph) -> (Stats, u64) {
-    let target = Target { name: "cpu:x86-64-v4".to_string(), vector_registers: 32, vector_bytes: 64 };
+    let target = Target::cpu("cpu:x86-64-v4", 32, 64);
     let view = &GroupView::all(graph)[0];
     let lowered = lower(view, &target).unwrap();
     let symbols = [ROWS, 0, 0, 0];

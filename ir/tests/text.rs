@@ -125,7 +125,7 @@ fn lowered(graphs: &[Graph], plan: bool) -> Result<String, Failed> {
 
 /// What schedules are chosen for: a CPU with AVX-512.
 fn target() -> Target {
-    Target { name: "cpu:x86-64-v4".to_string(), vector_registers: 32, vector_bytes: 64 }
+    Target::cpu("cpu:x86-64-v4", 32, 64)
 }
 
 fn compare(file: &Path, input: &str, expected: &str, actual: &str) -> Result<(), Failed> {

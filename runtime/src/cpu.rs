@@ -9,7 +9,7 @@
 use crate::artifact::Artifact;
 use crate::code::{ABI, Code};
 use crate::device::{Device, DeviceError, Memory, Program, State, Step, StepOutputs, Tap, Tapped, Want};
-use crate::manifest::{Manifest, TargetCode, WEIGHTS};
+use crate::manifest::{Manifest, TargetCode};
 use crate::map::{FileBytes, OwnedBuf};
 use ir::dim::MAX_SYMBOLS;
 use ir::plan::{Entry, Place, Plan};
@@ -152,7 +152,7 @@ impl CpuProgram {
             offsets.insert(number, *end);
             *end += buffer.bytes.next_multiple_of(ir::plan::ALIGN);
         }
-        let weights = weights_of(artifact, &plan)?;
+        let weights = weights_of(artifact, target, &plan)?;
         Ok(CpuProgram {
             context: manifest.context,
             file: artifact.file().to_path_buf(),
@@ -336,23 +336,24 @@ pub fn read_plan(artifact: &Artifact, target: &TargetCode) -> Result<Plan, Devic
     Ok(plan)
 }
 
-/// The weights section, as large as the plan says.
+/// The weights section of a target, as large as its plan says.
 ///
 /// # Errors
 ///
 /// When it is not there, or smaller.
 pub(crate) fn weights_of(
     artifact: &Artifact,
+    target: &TargetCode,
     plan: &Plan,
 ) -> Result<Option<(FileBytes, Range<usize>)>, DeviceError> {
     if plan.weight_bytes() == 0 {
         return Ok(None);
     }
-    let bytes = artifact.require(WEIGHTS)?;
+    let bytes = artifact.require(&target.weights)?;
     if bytes.len() < plan.weight_bytes() {
         return Err(DeviceError::BadPlan {
             file: artifact.file().to_path_buf(),
-            section: WEIGHTS.to_string(),
+            section: target.weights.clone(),
             said: format!("{} bytes, the plan needs {}", bytes.len(), plan.weight_bytes()),
         });
     }

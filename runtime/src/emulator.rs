@@ -64,6 +64,12 @@ impl Sm {
         self.row().1
     }
 
+    /// Its compute capability in tenths: 8.0 is 80.
+    pub fn capability(self) -> u32 {
+        let digits: String = self.name().chars().filter(char::is_ascii_digit).collect();
+        digits.parse().expect("a name has the number in it")
+    }
+
     /// Bytes of shared memory that a CTA may use at most, static and dynamic.
     pub fn shared_bytes(self) -> u32 {
         self.row().2

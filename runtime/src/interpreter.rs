@@ -73,7 +73,7 @@ impl InterpretedProgram {
                 return Err(bad(format!("graph @{} has other symbols than the plan", entry.name)));
             }
         }
-        let weights = weights_of(artifact, &plan)?;
+        let weights = weights_of(artifact, target, &plan)?;
         let (file, context) = (artifact.file().to_path_buf(), manifest.context);
         Ok(InterpretedProgram { file, plan, context, graphs, weights, decoded: HashMap::new(), rounding })
     }

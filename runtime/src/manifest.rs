@@ -39,8 +39,15 @@ pub struct TargetCode {
     pub abi: u32,
     /// CPU features that must be there.
     pub requires: Vec<String>,
-    /// Instruction set: `x86_64`, `aarch64`.
+    /// Instruction set: `x86_64`, `aarch64`, `nvptx64`.
     pub arch: String,
+    /// Section of the weights, in the order that this code reads.
+    #[serde(default = "weights")]
+    pub weights: String,
+}
+
+fn weights() -> String {
+    WEIGHTS.to_string()
 }
 
 impl TargetCode {
@@ -52,6 +59,11 @@ impl TargetCode {
     /// Section of the code.
     pub fn code_section(&self) -> String {
         format!("code.{}", self.name)
+    }
+
+    /// Section of the kernels' text: how many threads and how much shared memory a launch needs. For a GPU.
+    pub fn kernels_section(&self) -> String {
+        format!("kernels.{}", self.name)
     }
 
     /// Section of the graphs' text after all passes, which says what each launch stores; beside taps.
@@ -66,7 +78,9 @@ pub const GRAPH: &str = "graph";
 pub const TOKENIZER: &str = "tokenizer";
 /// Section of the chat template.
 pub const CHAT_TEMPLATE: &str = "chat_template";
-/// Section of the weights.
+/// Section of the weights, as CPUs read them.
 pub const WEIGHTS: &str = "weights";
+/// Section of the weights, as GPUs read them.
+pub const GPU_WEIGHTS: &str = "weights.gpu";
 /// Section of the records of the tuning table that schedules were taken from: one JSON object a line.
 pub const TUNING: &str = "tuning";

@@ -49,7 +49,7 @@ impl NullProgram {
         };
         artifact.require(&target.code_section())?;
         let plan = read_plan(artifact, target)?;
-        weights_of(artifact, &plan)?;
+        weights_of(artifact, target, &plan)?;
         let (file, section) = (artifact.file().to_path_buf(), target.plan_section());
         let program = NullProgram { file, section, plan, context: manifest.context };
         for entry in &program.plan.entries {

@@ -1,14 +1,18 @@
-//! Where a launch runs: code on this CPU, the kernel interpreter, or nowhere.
+//! Where a launch runs: code on this CPU, a GPU's on the emulator, the kernel interpreter, or nowhere.
 
 use super::memory::positions;
+use codegen::Backend;
 use codegen::cpu::{CodegenError, Form, Level};
+use codegen::nvptx::{self, Architecture};
 use ir::DType;
 use ir::dim::MAX_SYMBOLS;
 use ir::kernel::interp::{self, Fault, KBuffer};
 use ir::kernel::{Access, Buffer, Kernel, Space, verify};
 use ir::plan::{Cost, Entry, Give, Launch, Plan, PlanKernel};
 use runtime::code::{Code, CodeError, Guarded};
+use runtime::emulator::{self, Grid, Memory, Report, Sm, Sums};
 use runtime::map::MapError;
+use runtime::ptx::{Module, PtxError};
 
 /// What a parameter holds before a launch, in the order of its index space; `None` where the launch has to write it all.
 pub type Held = Option<Vec<f64>>;
@@ -19,10 +23,12 @@ pub type Held = Option<Vec<f64>>;
 pub enum LaunchError {
     #[error("memory beside `%{param}` was written, or what the kernel may only read")]
     Strayed { param: String },
-    #[error("`%{param}`, element {at}: two workers store other bits than one")]
+    #[error("`%{param}`, element {at}: workers in another number or order store other bits")]
     Workers { param: String, at: usize },
     #[error("`%{param}`, element {at}: what is stored depends on what memory held before")]
     Leftover { param: String, at: usize },
+    #[error(transparent)]
+    Emulated(#[from] Box<Report>),
     #[error(transparent)]
     Fault(#[from] Box<Fault>),
     #[error(transparent)]
@@ -46,12 +52,17 @@ pub enum LoadError {
     /// The system's loader.
     #[error(transparent)]
     Code(#[from] CodeError),
+    /// The emulator's reader: a fault of it, or of LLVM.
+    #[error("PTX of generated code")]
+    Ptx(#[from] PtxError),
 }
 
 /// Runs launches of a list of kernels.
 pub enum Device {
     /// Their code for one CPU level.
     Cpu(Box<Compiled>),
+    /// Their PTX on the emulator.
+    Emulated(Box<Emulated>),
     /// The kernel interpreter: bounds, unwritten reads, races.
     Interpreter,
     /// Verifies kernels and what is bound to them.
@@ -59,6 +70,20 @@ pub enum Device {
 }
 
 impl Device {
+    /// Compiles kernels for a back end: a CPU's that this machine runs, or a GPU's, which the emulator runs.
+    ///
+    /// # Errors
+    ///
+    /// What LLVM, the linker or the loader said.
+    pub fn of(backend: &Backend, kernels: &[Kernel]) -> Result<Device, LoadError> {
+        match backend {
+            Backend::Cpu(level) => Device::cpu(level, kernels),
+            Backend::Cuda(architecture) => {
+                Ok(Device::Emulated(Box::new(Emulated::new(architecture, kernels)?)))
+            }
+        }
+    }
+
     /// Compiles kernels for a level that this machine runs.
     ///
     /// # Errors
@@ -83,6 +108,7 @@ impl Device {
         check_binding(kernel, held, &symbols)?;
         match self {
             Device::Cpu(compiled) => compiled.run(number, kernel, held, symbols).map(Some),
+            Device::Emulated(emulated) => emulated.run(number, kernel, held, symbols).map(Some),
             Device::Interpreter => {
                 let bound = |((_, buffer), held): ((_, &Buffer), &Held)| match held {
                     Some(data) => KBuffer::from_data(buffer, &symbols, data),
@@ -196,6 +222,83 @@ impl Compiled {
                     2 => LaunchError::Workers { param, at },
                     _ => LaunchError::Leftover { param, at },
                 });
+            }
+        }
+        Ok(params.iter().zip(&first).map(|(param, bytes)| decode(param.buffer.dtype, bytes)).collect())
+    }
+}
+
+/// PTX of kernels, for the emulator.
+pub struct Emulated {
+    programs: Vec<emulator::Program>,
+    sm: Sm,
+}
+
+impl Emulated {
+    fn new(architecture: &Architecture, kernels: &[Kernel]) -> Result<Emulated, LoadError> {
+        let numbered =
+            |(number, kernel): (usize, &Kernel)| Kernel { name: number.to_string(), ..kernel.clone() };
+        let named: Vec<Kernel> = kernels.iter().enumerate().map(numbered).collect();
+        let ptx = nvptx::compile(&nvptx::llvm(&named)?, architecture)?;
+        let module = Module::parse(&ptx)?;
+        let program = |number: usize| {
+            let code = module.kernel(&nvptx::symbol(&number.to_string())).expect("every kernel is in it");
+            emulator::Program::new(code)
+        };
+        let sm = architecture.cpu.parse().expect("the emulator knows every architecture");
+        Ok(Emulated { programs: (0..kernels.len()).map(program).collect(), sm })
+    }
+
+    /// Runs three times, in other orders of warps and with fewer CTAs: the bits must be the same.
+    fn run(
+        &mut self,
+        number: usize,
+        kernel: &Kernel,
+        held: &[Held],
+        symbols: [i64; MAX_SYMBOLS],
+    ) -> Result<Vec<Vec<f64>>, LaunchError> {
+        let params: Vec<Param> = kernel.params().map(|(_, buffer)| Param::new(buffer, &symbols)).collect();
+        let launch = |seed: u64, ctas: i64| -> Result<Vec<Vec<u8>>, LaunchError> {
+            let mut memory = Memory::new();
+            let mut bytes = Vec::new();
+            let mut addresses = Vec::new();
+            for (param, held) in params.iter().zip(held) {
+                let size = param.buffer.dtype.bytes(1);
+                let address = memory.allocate(&param.buffer.name, param.span * size);
+                let written = param.bytes(held, 0);
+                for &position in param.positions.iter().filter(|_| held.is_some()) {
+                    memory.write(address + (position * size) as u64, &written[position * size..][..size]);
+                }
+                bytes.extend(address.to_le_bytes());
+                addresses.push(address);
+            }
+            for (_, &value) in kernel.symbols.0.iter().zip(&symbols) {
+                bytes.extend((value as i32).to_le_bytes());
+            }
+            let grid = Grid {
+                ctas: [ctas.max(1) as u32, 1, 1],
+                threads: [kernel.threads.into(), 1, 1],
+                cluster: 1,
+                dynamic_shared: kernel.shared_bytes() as u32,
+            };
+            let options = emulator::Options { sm: self.sm, seed, sums: Sums::default() };
+            self.programs[number].launch(&grid, &bytes, &mut memory, &options).map_err(Box::new)?;
+            let read = |(param, &address): (&Param, &u64)| {
+                let size = param.buffer.dtype.bytes(1);
+                let at = param.positions.iter().map(|&position| address + (position * size) as u64);
+                at.flat_map(|address| memory.read(address, size).to_vec()).collect()
+            };
+            Ok(params.iter().zip(&addresses).map(read).collect())
+        };
+        let turns = kernel.turns(&symbols);
+        let first = launch(1, turns)?;
+        for (seed, ctas) in [(2, 1), (3, (turns + 1) / 2)] {
+            let again = launch(seed, ctas)?;
+            for (param, (first, again)) in params.iter().zip(first.iter().zip(&again)) {
+                if let Some(byte) = first.iter().zip(again).position(|(a, b)| a != b) {
+                    let at = byte / param.buffer.dtype.bytes(1);
+                    return Err(LaunchError::Workers { param: param.buffer.name.clone(), at });
+                }
             }
         }
         Ok(params.iter().zip(&first).map(|(param, bytes)| decode(param.buffer.dtype, bytes)).collect())

@@ -7,7 +7,8 @@ use super::device::{Device, LoadError};
 use super::{Distribution, Feed, Subject, Tensors, launch, results};
 use crate::compare::reproducer::KernelCase;
 use crate::judge::{Expected, Shares};
-use codegen::cpu::{CodegenError, LEVELS, Level};
+use codegen::Backend;
+use codegen::cpu::{CodegenError, LEVELS};
 use ir::DType;
 use ir::families::{GroupView, LowerError, Lowered};
 use ir::graph::{Family, GroupId};
@@ -27,8 +28,8 @@ pub struct Walk {
     pub schedules: Option<usize>,
     /// Of numbers and schedules.
     pub seed: u64,
-    /// CPU levels; the first is also the target of what is interpreted.
-    pub levels: Vec<Level>,
+    /// What kernels are compiled for, of one kind of machine; the first is also the target of what is interpreted.
+    pub backends: Vec<Backend>,
     /// What is done with kernels.
     pub how: Vec<How>,
 }
@@ -36,8 +37,8 @@ pub struct Walk {
 /// What is done with kernels.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum How {
-    /// Compiled and run on every level.
-    Cpu,
+    /// Compiled and run, a GPU's by the emulator.
+    Code,
     /// Interpreted: with the default schedule and the first distribution, for it is slow.
     Interpreter,
     /// Verified, with what is bound to them.
@@ -49,13 +50,13 @@ pub enum How {
 /// # Errors
 ///
 /// When the machine is below every level.
-pub fn levels() -> Result<(Vec<Level>, Vec<&'static str>), CodegenError> {
+pub fn levels() -> Result<(Vec<Backend>, Vec<&'static str>), CodegenError> {
     let features = runtime::cpu::features();
     let (mut here, mut missing) = (Vec::new(), Vec::new());
     for (name, _) in LEVELS {
         let level = codegen::cpu::level(name)?;
         match level.requires.iter().all(|needed| features.contains(&needed.as_str())) {
-            true => here.push(level),
+            true => here.push(Backend::Cpu(level)),
             false => missing.push(name),
         }
     }
@@ -186,7 +187,7 @@ struct Prepared<'c> {
 
 struct Ctx<'w> {
     walk: &'w Walk,
-    /// The levels, then the interpreter and `null`.
+    /// The back ends, then the interpreter and `null`.
     devices: Vec<(String, Device)>,
     report: &'w mut Report,
 }
@@ -195,10 +196,10 @@ impl Ctx<'_> {
     /// Lowers and compiles.
     fn prepare<'c>(&mut self, cases: &'c [Case]) -> Result<Vec<Prepared<'c>>, WalkError> {
         let walk = self.walk;
-        let mut modules: Vec<Vec<Kernel>> = vec![Vec::new(); walk.levels.len()];
+        let mut modules: Vec<Vec<Kernel>> = vec![Vec::new(); walk.backends.len()];
         let mut prepared = Vec::new();
         for case in cases {
-            let mut subject = Subject::new(case.graph.clone());
+            let mut subject = Subject::new(case.graph.clone(), &walk.backends[0].target());
             let seed = case.name.bytes().fold(walk.seed, |hash, byte| Rng(hash ^ u64::from(byte)).bits());
             let (mut rng, mut tries) = (Rng(seed), Vec::new());
             for group in subject.groups() {
@@ -206,8 +207,8 @@ impl Ctx<'_> {
                 if walk.family.is_some_and(|wanted| wanted != family) {
                     continue;
                 }
-                for (device, level) in walk.levels.iter().enumerate() {
-                    let lowered = self.lower(&mut subject, group, &level.target, &mut rng);
+                for (device, backend) in walk.backends.iter().enumerate() {
+                    let lowered = self.lower(&mut subject, group, &backend.target(), &mut rng);
                     let lowered = match lowered {
                         Err(LowerError::Unsupported { what, .. }) => {
                             self.report.refused.insert(format!("{}: {what}", case.name));
@@ -219,7 +220,7 @@ impl Ctx<'_> {
                         for (after, how) in [How::Interpreter, How::Null].into_iter().enumerate() {
                             if walk.how.contains(&how) {
                                 let (schedule, lowered) = (schedule.clone(), default.clone());
-                                let device = walk.levels.len() + after;
+                                let device = walk.backends.len() + after;
                                 tries.push(Try {
                                     group,
                                     schedule,
@@ -231,7 +232,7 @@ impl Ctx<'_> {
                             }
                         }
                     }
-                    if !walk.how.contains(&How::Cpu) {
+                    if !walk.how.contains(&How::Code) {
                         continue;
                     }
                     for (schedule, lowered) in lowered {
@@ -243,10 +244,10 @@ impl Ctx<'_> {
             }
             prepared.push(Prepared { case, subject, tries });
         }
-        for (level, kernels) in walk.levels.iter().zip(&modules) {
+        for (backend, kernels) in walk.backends.iter().zip(&modules) {
             // Where nothing is to be compiled, nothing will run.
-            let device = if kernels.is_empty() { Device::Null } else { Device::cpu(level, kernels)? };
-            self.devices.push((level.name.clone(), device));
+            let device = if kernels.is_empty() { Device::Null } else { Device::of(backend, kernels)? };
+            self.devices.push((backend.name().to_string(), device));
         }
         self.devices.push(("interpreter".to_string(), Device::Interpreter));
         self.devices.push(("null".to_string(), Device::Null));
@@ -280,7 +281,7 @@ impl Ctx<'_> {
                 let feed = Feed { symbols: Case::symbols(tokens), past, distribution, seed: self.walk.seed };
                 let tensors = subject.tensors(&feed).map_err(refused)?;
                 for group in subject.groups() {
-                    let slow = self.walk.levels.len();
+                    let slow = self.walk.backends.len();
                     let runs = |t: &&mut Try| {
                         t.group == group
                             && !t.failed
@@ -331,12 +332,12 @@ impl Ctx<'_> {
                     let mut graph = subject.graph.clone();
                     graph.groups[one.group.0 as usize].schedule =
                         (!one.schedule.is_empty()).then(|| one.schedule.clone());
-                    // What is interpreted is lowered for the first level.
-                    let level = self.walk.levels.get(one.device).unwrap_or(&self.walk.levels[0]);
+                    // What is interpreted is lowered for the first.
+                    let backend = self.walk.backends.get(one.device).unwrap_or(&self.walk.backends[0]);
                     let stored = |id| tensors[&id].clone();
                     self.report.case = Some(Box::new(KernelCase::of(
                         &GroupView::new(&graph, one.group),
-                        (&one.lowered.kernel, &level.name),
+                        (&one.lowered.kernel, backend.name()),
                         (&feed.symbols, &stored),
                         &found.unwrap_or_default(),
                         expected,

@@ -5,7 +5,6 @@ use super::source::Ready;
 use ir::DType;
 use llamac::predict::Ceilings;
 use runtime::device::DeviceError;
-use runtime::manifest::WEIGHTS;
 use runtime::meter::{self, Dot, Meter};
 
 /// Samples of both ceilings.
@@ -44,7 +43,7 @@ pub fn dot_of(dtype: DType) -> Dot {
 /// The best speed of reading the model's weights where they lie, in bytes a second: what decoding cannot exceed.
 /// Weights that fit a cache are read from that cache, by this as by the model.
 pub fn read_weights(ready: &Ready, threads: usize, seconds: f64) -> f64 {
-    let weights = ready.artifact.section(WEIGHTS).unwrap_or_default();
+    let weights = ready.artifact.section(&ready.target.weights).unwrap_or_default();
     meter::best(&Meter::new(threads).read(weights, seconds))
 }
 

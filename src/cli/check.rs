@@ -4,7 +4,9 @@ use super::error::CliError;
 use super::interrupt;
 use super::screen::{Screen, columns, grouped, print, print_json};
 use clap::Args;
-use codegen::cpu::{LEVELS, Level};
+use codegen::Backend;
+use codegen::backend::names;
+use codegen::nvptx::ARCHITECTURES;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use ir::graph::Family;
 use llamac::check::cases::{cases, random};
@@ -30,7 +32,7 @@ Example:
   llamac check
   llamac check --device cpu:x86-64-v3 --family dot --filter 'gated n 17'")]
 pub struct Options {
-    /// cpu: every level that this machine runs; one of them, as cpu:x86-64-v3; interpreter; null
+    /// cpu: every level that this machine runs; one of them, as cpu:x86-64-v3; ptx-emulator (GPU kernels); interpreter; null
     #[arg(long, default_value = "cpu", value_name = "DEVICE")]
     device: String,
     /// Only kernels of this family
@@ -60,7 +62,7 @@ pub fn check(options: &Options, screen: &Screen) -> Result<(), CliError> {
     if let Some(folder) = options.reproducer.as_ref().filter(|folder| folder.symlink_metadata().is_ok()) {
         return Err(CliError::Usage(format!("--reproducer {}: it is there already", folder.display())));
     }
-    let (levels, how) = devices(options, screen)?;
+    let (backends, how) = devices(options, screen)?;
     let mut table = cases();
     table.extend(random(options.seed, RANDOM[usize::from(options.exhaustive)]));
     table.retain(|case| case.name.contains(&options.filter));
@@ -68,7 +70,7 @@ pub fn check(options: &Options, screen: &Screen) -> Result<(), CliError> {
         return Err(CliError::Usage(format!("no case has `{}` in its name", options.filter)));
     }
     let schedules = (!options.exhaustive).then_some(SCHEDULES);
-    let plan = Walk { family: options.family, schedules, seed: options.seed, levels, how };
+    let plan = Walk { family: options.family, schedules, seed: options.seed, backends, how };
 
     let bar = ProgressBar::new(table.len() as u64);
     let style = "{bar:30} {pos}/{len} cases, {elapsed}, {eta} left";
@@ -106,8 +108,8 @@ pub fn check(options: &Options, screen: &Screen) -> Result<(), CliError> {
     }
 }
 
-/// Levels and what is done on them.
-fn devices(options: &Options, screen: &Screen) -> Result<(Vec<Level>, Vec<How>), CliError> {
+/// What kernels are compiled for, and what is done with them.
+fn devices(options: &Options, screen: &Screen) -> Result<(Vec<Backend>, Vec<How>), CliError> {
     let (here, missing) = levels().map_err(CompileError::from)?;
     let how = match options.device.as_str() {
         "interpreter" => How::Interpreter,
@@ -116,15 +118,19 @@ fn devices(options: &Options, screen: &Screen) -> Result<(Vec<Level>, Vec<How>),
             for name in missing {
                 screen.note(format!("skipped: {name}: this machine does not run it"));
             }
-            return Ok((here, vec![How::Cpu]));
+            return Ok((here, vec![How::Code]));
         }
-        name if LEVELS.iter().any(|level| level.0 == name) => {
-            let level = here.into_iter().find(|level| level.name == name);
+        "ptx-emulator" => {
+            let backends = ARCHITECTURES.iter().map(Backend::Cuda).collect();
+            return Ok((backends, vec![How::Code]));
+        }
+        name if names().iter().any(|known| known.0 == name) => {
+            let level = here.into_iter().find(|level| level.name() == name);
             let level = level.ok_or_else(|| CliError::Usage(format!("this machine does not run {name}")))?;
-            return Ok((vec![level], vec![How::Cpu]));
+            return Ok((vec![level], vec![How::Code]));
         }
         name => {
-            let known = "cpu, interpreter, null, and each of the targets cpu:...";
+            let known = "cpu, ptx-emulator, interpreter, null, and each of the targets cpu:...";
             return Err(CliError::NoDevice { name: name.to_string(), known });
         }
     };

@@ -21,7 +21,7 @@ use llamac::reference::Reference;
 use llamac::weights::Source;
 use models::Checkpoint;
 use runtime::device::Device;
-use runtime::manifest::{GRAPH, WEIGHTS};
+use runtime::manifest::GRAPH;
 use serde_json::json;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
@@ -170,7 +170,8 @@ pub fn compare(options: &Options, screen: &Screen) -> Result<(), CliError> {
     let needed = asked.map_or(needed, |tokens| tokens.len().max(1));
     let ctx = (!matches!(model, Model::Artifact(_))).then_some(needed.min(config.context));
     let taps = launches || trace.is_some();
-    let build = BuildOptions { dtype: options.dtype, ctx, taps, ..BuildOptions::default() };
+    let machine = options.device.machine();
+    let build = BuildOptions { dtype: options.dtype, ctx, taps, machine, ..BuildOptions::default() };
     let ready = source::ready(&options.model, &build, screen)?;
     if let Some(file) = &options.record {
         let tokens = options.tokens(reference.as_ref(), config.vocab_size, ready.manifest.context);
@@ -213,7 +214,7 @@ fn by_checkpoint(ready: &Ready, checkpoint: &Checkpoint, found: &mut Found) -> R
         found.reproducer = Some(Reproducer::Graph(case));
         return Ok(());
     }
-    let (bytes, source) = (ready.artifact.require(WEIGHTS)?, Source::Checkpoint(checkpoint));
+    let (bytes, source) = (ready.artifact.require(&ready.target.weights)?, Source::Checkpoint(checkpoint));
     let judged = weights::weights(bytes, &ready.plan, &source).map_err(ModelError::from)?;
     match judged {
         Ok(tensors) => {

@@ -5,11 +5,12 @@ use super::plan::Lowering;
 use super::screen::{Screen, print, print_json};
 use super::source::BuildOptions;
 use clap::{Args, ValueEnum};
-use codegen::nvptx;
+use codegen::Backend;
+use codegen::nvptx::ARCHITECTURES;
 use ir::kernel::Kernel;
 use llamac::compile::{Code, CompileError, Stage, lower};
 use llamac::model::Model;
-use llamac::pipeline::{self, Request};
+use llamac::pipeline::Request;
 use serde_json::json;
 use std::collections::BTreeSet;
 
@@ -60,39 +61,37 @@ enum StageName {
 
 pub fn emit(options: &Options, screen: &Screen) -> Result<(), CliError> {
     let stage = match options.stage {
-        StageName::Graph => Some(Stage::Graph),
-        StageName::Fused => Some(Stage::Fused),
-        StageName::Kernels => Some(Stage::Kernels),
-        StageName::Plan => Some(Stage::Plan),
-        StageName::Llvm => Some(Stage::Llvm),
-        StageName::Asm => Some(Stage::Asm),
-        StageName::Ptx => None,
+        StageName::Graph => Stage::Graph,
+        StageName::Fused => Stage::Fused,
+        StageName::Kernels => Stage::Kernels,
+        StageName::Plan => Stage::Plan,
+        StageName::Llvm => Stage::Llvm,
+        StageName::Asm => Stage::Asm,
+        StageName::Ptx => Stage::Ptx,
         StageName::Sass => {
             let cure = "write PTX with --stage ptx and assemble it: ptxas -arch=sm_80 k.ptx -o k.cubin; nvdisasm k.cubin";
             return Err(CliError::Usage(format!("llamac makes no SASS yet; {cure}")));
         }
     };
-    if options.entry.is_some() && !matches!(stage, Some(Stage::Graph | Stage::Fused)) {
+    if options.entry.is_some() && !matches!(stage, Stage::Graph | Stage::Fused) {
         return Err(CliError::Usage("--entry goes with --stage graph or fused".into()));
     }
-    if options.kernel.is_some() && matches!(stage, Some(Stage::Graph | Stage::Fused | Stage::Plan)) {
+    if options.kernel.is_some() && matches!(stage, Stage::Graph | Stage::Fused | Stage::Plan) {
         return Err(CliError::Usage("--kernel goes with --stage kernels, llvm, asm or ptx".into()));
     }
     let model = Model::open(&options.model)?;
-    let target = match stage {
-        Some(_) => options.target.as_deref(),
-        None => Some(options.target.as_deref().unwrap_or(nvptx::SM_80)),
+    let target = match (stage, &options.target) {
+        (Stage::Ptx, None) => Some(ARCHITECTURES[0].name),
+        (_, target) => target.as_deref(),
     };
     let lowering = Lowering::of(&model, &options.build, target, screen)?;
     let request = lowering.request();
-    let text = match stage {
-        Some(stage) => one_stage(options, stage, &request, &lowering.target)?,
-        None if lowering.target == nvptx::SM_80 => {
-            let lowered = pipeline::lower(&request, &nvptx::target()).map_err(CompileError::from)?;
-            ptx(&lowered.kernels, options.kernel.as_deref())?
-        }
-        None => return Err(CliError::Usage(format!("--stage ptx is for --target {}", nvptx::SM_80))),
-    };
+    let backend = Backend::of(&lowering.target).map_err(CompileError::from)?;
+    if !stage.is_of(&backend) {
+        let name = options.stage.to_possible_value().expect("no value is hidden").get_name().to_string();
+        return Err(CliError::Usage(format!("--target {} has no stage {name}", lowering.target)));
+    }
+    let text = one_stage(options, stage, &request, &lowering.target)?;
     if screen.json {
         let stage = options.stage.to_possible_value().expect("no value is hidden").get_name().to_string();
         return print_json(&json!({ "stage": stage, "text": text }));
@@ -127,11 +126,20 @@ fn one_entry(code: &Code, request: &Request<'_>, stage: Stage, name: &str) -> Re
 
 fn one_kernel(code: &Code, request: &Request<'_>, stage: Stage, name: &str) -> Result<String, CliError> {
     let kernel = find(&code.lowered.kernels, name)?;
+    match (&code.backend, stage) {
+        (Backend::Cpu(level), Stage::Llvm) => {
+            return Ok(codegen::lower::function(kernel, level.features, &mut BTreeSet::new()));
+        }
+        (Backend::Cuda(_), Stage::Llvm | Stage::Ptx) => {
+            let alone = std::slice::from_ref(kernel);
+            let llvm = code.backend.llvm(&code.lowered.plan, alone, false).map_err(CompileError::from)?;
+            let ptx = || code.backend.assembly(&llvm).map_err(CompileError::from);
+            return Ok(if stage == Stage::Ptx { ptx()? } else { llvm });
+        }
+        _ => {}
+    }
     let text = match stage {
         Stage::Kernels => return Ok(kernel.to_string()),
-        Stage::Llvm => {
-            return Ok(codegen::lower::function(kernel, code.level.features, &mut BTreeSet::new()));
-        }
         _ => code.text(request, stage).map_err(CompileError::from)?,
     };
     // The function's label, up to the end of the function.
@@ -155,19 +163,4 @@ fn find<'k>(kernels: &'k [Kernel], name: &str) -> Result<&'k Kernel, CliError> {
         let known: Vec<&str> = kernels.iter().map(|k| &*k.name).collect();
         CliError::Usage(format!("there is no kernel `{name}`; there are {}", known.join(", ")))
     })
-}
-
-/// PTX of one kernel, or a module of all that have a form for a grid; what the others lack is said above it.
-fn ptx(kernels: &[Kernel], name: Option<&str>) -> Result<String, CliError> {
-    if let Some(name) = name {
-        return Ok(nvptx::ptx(&[find(kernels, name)?]).map_err(CompileError::from)?);
-    }
-    let (mut lowered, mut missing) = (Vec::new(), String::new());
-    for kernel in kernels {
-        match nvptx::check(kernel) {
-            Ok(()) => lowered.push(kernel),
-            Err(why) => missing += &format!("// not lowered: {why}\n"),
-        }
-    }
-    Ok(missing + &nvptx::ptx(&lowered).map_err(CompileError::from)?)
 }

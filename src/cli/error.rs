@@ -278,7 +278,9 @@ impl CliError {
             CliError::Walk(error) => match error {
                 WalkError::Load(LoadError::Codegen(error)) => codegen(error),
                 WalkError::Load(LoadError::Code(_)) => Exit::Device,
-                WalkError::Lower(_) | WalkError::Case { .. } => Exit::Bug,
+                WalkError::Load(LoadError::Ptx(_)) | WalkError::Lower(_) | WalkError::Case { .. } => {
+                    Exit::Bug
+                }
                 WalkError::Interrupted => Exit::Interrupted,
             },
             #[cfg(feature = "compiler")]
@@ -296,6 +298,7 @@ impl CliError {
             CliError::Reproducer(error) => match error {
                 ReproducerError::Load(LoadError::Codegen(error)) => codegen(error),
                 ReproducerError::Load(LoadError::Code(_)) => Exit::Device,
+                ReproducerError::Load(LoadError::Ptx(_)) => Exit::Bug,
                 ReproducerError::Machine { .. } => Exit::Artifact,
                 ReproducerError::File(_) | ReproducerError::Lower(_) | ReproducerError::Oracle(_) => {
                     Exit::Model

@@ -103,6 +103,7 @@ impl NormaliseName {
 
 pub fn eval(options: &Options, screen: &Screen) -> Result<(), CliError> {
     let mut device = options.device.device()?;
+    let own = BuildOptions { machine: options.device.machine(), ..options.build.clone() };
     match &options.choices {
         Some(file) => {
             let text = read(file)?;
@@ -111,16 +112,16 @@ pub fn eval(options: &Options, screen: &Screen) -> Result<(), CliError> {
                 line: e.line,
                 message: e.to_string(),
             })?;
-            let ready = source::ready(&options.model, &options.build, screen)?;
+            let ready = source::ready(&options.model, &own, screen)?;
             let mut program = device.load(&ready.artifact)?;
             choices(options, &ready, &mut *program, &questions, screen)
         }
         None => {
-            let ready = source::ready(&options.model, &options.build, screen)?;
+            let ready = source::ready(&options.model, &own, screen)?;
             let (protocol, windows) = windows(options, &ready)?;
             let mut program = device.load(&ready.artifact)?;
             let base = options.kld_base.as_ref().map(|base| {
-                let build = BuildOptions { dtype: options.kld_dtype, ..options.build.clone() };
+                let build = BuildOptions { dtype: options.kld_dtype, ..own.clone() };
                 let base = source::ready(base, &build, screen)?;
                 same_vocabulary(&ready, &base)?;
                 Ok::<_, CliError>((device.load(&base.artifact)?, base))

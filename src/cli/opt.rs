@@ -3,6 +3,7 @@
 use super::error::CliError;
 use super::screen::{Screen, columns, print, print_json};
 use clap::Args;
+use codegen::Backend;
 use ir::Graph;
 use ir::families::LowerError;
 use ir::kernel::Kernel;
@@ -58,7 +59,7 @@ pub fn opt(options: &Options, screen: &Screen) -> Result<(), CliError> {
     }
     let file = options.file.as_deref().expect("clap asks for it");
     let text = read(file)?;
-    let target = codegen::cpu::level(&options.target).map_err(CompileError::from)?.target;
+    let target = Backend::of(&options.target).map_err(CompileError::from)?.target();
 
     let mut level = Level::read(file, &text)?;
     let mut out = String::new();

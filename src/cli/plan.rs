@@ -454,7 +454,7 @@ fn fused(view: &GroupView<'_>) -> Fused {
 }
 
 fn scheduled(code: &Code, view: &GroupView<'_>, text: &str) -> Result<Scheduled, CliError> {
-    let legal = families::candidates(view, &code.level.target).map_err(CompileError::from)?;
+    let legal = families::candidates(view, &code.backend.target()).map_err(CompileError::from)?;
     let cost = legal.iter().find(|c| c.schedule == text).and_then(|c| c.cost);
     let runner_up = legal.iter().find(|c| c.schedule != text);
     Ok(Scheduled {

@@ -14,7 +14,6 @@ use ir::DType;
 use llamac::predict::Ceilings;
 use llamac::profile::{self, Phase, Profile};
 use runtime::cpu::Cpu;
-use runtime::manifest::WEIGHTS;
 use runtime::meter::{self, Meter};
 use runtime::whole_file;
 use serde_json::json;
@@ -71,7 +70,7 @@ pub fn profile(options: &Options, screen: &Screen) -> Result<(), CliError> {
     let ready = source::ready(&options.model, &build, screen)?;
     let threads = options.device.threads();
     let mut program = Cpu { threads }.open(&ready.artifact)?;
-    let weights = ready.artifact.section(WEIGHTS).unwrap_or_default();
+    let weights = ready.artifact.section(&ready.target.weights).unwrap_or_default();
     let dot = dot_of(DType::from_name(&ready.manifest.dtype).unwrap_or(DType::F32));
     let mut meter = Meter::new(threads);
     let mut ceilings = || Ceilings {

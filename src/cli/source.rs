@@ -1,5 +1,6 @@
 //! From the MODEL argument to an artifact: opened if it is one, else compiled into the cache folder, once.
 
+use super::device::Machine;
 use super::error::CliError;
 use super::screen::Screen;
 use clap::Args;
@@ -12,7 +13,7 @@ use llamac::model::Model;
 use llamac::tune::table::{Choices, Table};
 use runtime::artifact::Artifact;
 use runtime::device::DeviceError;
-use runtime::manifest::Manifest;
+use runtime::manifest::{Manifest, TargetCode};
 use std::path::PathBuf;
 
 /// Options of verbs that compile what is not compiled yet.
@@ -33,6 +34,9 @@ pub struct BuildOptions {
     /// Verbs that look between launches set it.
     #[arg(skip)]
     pub taps: bool,
+    /// Verbs that run on a device that is named set it.
+    #[arg(skip)]
+    pub machine: Machine,
 }
 
 /// Most positions unless more are asked for: the KV cache of long contexts takes more memory than many models do.
@@ -100,7 +104,9 @@ pub struct Ready {
     pub artifact: Artifact,
     /// What it says of itself.
     pub manifest: Manifest,
-    /// The plan of the target that runs here.
+    /// The target that runs here.
+    pub target: TargetCode,
+    /// Its plan.
     pub plan: Plan,
     /// Its tokenizer and chat template are asked as any model's.
     pub model: Model,
@@ -131,9 +137,9 @@ pub fn ready(argument: &str, build: &BuildOptions, screen: &Screen) -> Result<Re
         Model::Checkpoint(_) | Model::Preset(_) => compiled(argument, &model, build, screen)?,
     };
     let manifest: Manifest = artifact.manifest()?;
-    let target = runtime::cpu::choose(artifact.file(), &manifest)?;
-    let plan = runtime::cpu::read_plan(&artifact, target)?;
-    Ok(Ready { argument: argument.to_string(), artifact, manifest, plan, model })
+    let target = build.machine.choose(artifact.file(), &manifest)?.clone();
+    let plan = runtime::cpu::read_plan(&artifact, &target)?;
+    Ok(Ready { argument: argument.to_string(), artifact, manifest, target, plan, model })
 }
 
 /// An artifact is as it was compiled: options may only say the same again.
@@ -199,7 +205,7 @@ fn compiled(
         argument,
         model,
         build,
-        targets: vec!["cpu:native".to_string()],
+        targets: vec![build.machine.target().to_string()],
         weights: true,
         taps: build.taps,
         keep: None,

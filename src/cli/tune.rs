@@ -133,7 +133,7 @@ fn search(
             .map_err(CompileError::from)?
             .0
             .iter()
-            .any(|l| l.name == name) =>
+            .any(|l| l.name() == name) =>
         {
             name
         }

@@ -105,7 +105,7 @@ mod tests {
     /// What is measured of one group holds for those that have its kernel, and for no other.
     #[test]
     fn groups_share_a_signature_just_when_they_share_a_kernel() {
-        let target = Target { name: "cpu:x86-64-v4".into(), vector_registers: 32, vector_bytes: 64 };
+        let target = Target::cpu("cpu:x86-64-v4", 32, 64);
         for (preset, dtype) in [("smollm2-135m", DType::F32), ("tinyllama-1.1b", DType::BF16)] {
             let config = models::preset(preset).unwrap();
             let request = Request { config: &config, dtype, context: 1024, measured: None };

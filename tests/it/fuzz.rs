@@ -67,7 +67,7 @@ fn stage(stage: Stage) -> (String, Target) {
         models::Checkpoint::open(Path::new("m.gguf"), &|_| Ok(file.clone())).expect("a right file");
     let request = Request { config: &checkpoint.config, dtype: DType::F32, context: 64, measured: None };
     let code = lower(&request, "cpu:x86-64-v3", false).expect("a known target");
-    (code.text(&request, stage).expect("no LLVM is asked"), code.level.target)
+    (code.text(&request, stage).expect("no LLVM is asked"), code.backend.target())
 }
 
 /// The texts below a folder of `tests/`.

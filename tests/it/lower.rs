@@ -16,7 +16,7 @@ use super::Checked;
 use super::skipped::skip;
 use codegen::cpu::{Form, LEVELS, Level};
 use codegen::lower::Pause;
-use codegen::nvptx;
+use codegen::nvptx::{self, ARCHITECTURES, Architecture};
 use ir::families::{GroupView, lower as lower_group};
 use ir::graph::Family;
 use ir::kernel::Kernel;
@@ -75,8 +75,9 @@ fn text(name: &str, folder: &str, file: &Path) -> Checked<()> {
     let of = |key: &str| text.lines().find_map(|line| line.strip_prefix("// ")?.strip_prefix(key));
     let target = of("target: ").ok_or("no `// target: `")?;
     let code = if folder == "ptx" {
-        let kernels = kernels(&text, &nvptx::target())?;
-        match (nvptx::ptx(&kernels.iter().collect::<Vec<_>>()), of("refused: ")) {
+        let gpu = nvptx::architecture(target).ok_or("no GPU of that name")?;
+        let ptx = |kernels: &[Kernel]| nvptx::compile(&nvptx::llvm(kernels)?, gpu);
+        match (ptx(&kernels(&text, &gpu.target())?), of("refused: ")) {
             (Ok(ptx), None) => {
                 accept(name, &ptx)?;
                 ptx
@@ -367,8 +368,8 @@ fn random_kernels(target: &Target, kernels: &mut Kernels) -> Checked<()> {
     for seed in SEEDS {
         let mut graph = random_graph(seed, 20);
         ir::passes::simplify::simplify(&mut graph);
-        ir::passes::fuse::fuse(&mut graph);
-        ir::passes::layout::layout(&mut graph);
+        ir::passes::fuse::fuse(&mut graph, target);
+        ir::passes::layout::layout(&mut graph, target);
         for view in GroupView::all(&graph) {
             if let Ok(lowered) = lower_group(&view, target) {
                 kernels.add(lowered.kernel);
@@ -382,26 +383,27 @@ fn random_kernels(target: &Target, kernels: &mut Kernels) -> Checked<()> {
 
 fn models_in_ptx(name: &str, dtype: DType) -> Checked<()> {
     for of in ["builtin", "preset:smollm2-135m"] {
-        assemble_covered(name, &model(of, dtype, &nvptx::target())?, 6)?;
+        accept_all(name, &model(of, dtype, &GPU.target())?)?;
     }
     Ok(())
 }
 
 fn random_in_ptx(name: &str) -> Checked<()> {
     let mut kernels = Kernels::default();
-    random_kernels(&nvptx::target(), &mut kernels)?;
+    random_kernels(&GPU.target(), &mut kernels)?;
     let count = |family: Family| kernels.list.iter().filter(|k| k.family == family).count();
     for family in [Family::Rowwise, Family::Elementwise, Family::Gather] {
         assert!(count(family) > 0, "no {} kernel among them", family.name());
     }
-    assemble_covered(name, &kernels.list, 50)
+    accept_all(name, &kernels.list)
 }
 
-/// Assembles a module of those kernels that have a form for a grid, at least so many.
-fn assemble_covered(name: &str, kernels: &[Kernel], at_least: usize) -> Checked<()> {
-    let covered: Vec<&Kernel> = kernels.iter().filter(|kernel| nvptx::check(kernel).is_ok()).collect();
-    assert!(covered.len() >= at_least, "only {} kernels have a form for a grid", covered.len());
-    accept(name, &nvptx::ptx(&covered)?).map(drop)
+/// The GPU that every later one runs the code of.
+const GPU: &Architecture = &ARCHITECTURES[0];
+
+/// Reads and assembles a module of kernels.
+fn accept_all(name: &str, kernels: &[Kernel]) -> Checked<()> {
+    accept(name, &nvptx::compile(&nvptx::llvm(kernels)?, GPU)?).map(drop)
 }
 
 /// A kernel that keeps something on the stack.

@@ -4,6 +4,7 @@
 //! `check` walks the same table further.
 
 use crate::Checked;
+use codegen::Backend;
 use ir::graph::Family;
 use libtest_mimic::Trial;
 use llamac::check::cases::cases;
@@ -19,13 +20,13 @@ pub fn trials() -> Vec<Trial> {
 }
 
 fn ops(family: Family) -> Checked<()> {
-    let levels = vec![codegen::cpu::level("cpu:native")?];
+    let backends = vec![Backend::of("cpu:native")?];
     let plan = Walk {
         family: Some(family),
         schedules: Some(1),
         seed: 1,
-        levels,
-        how: vec![How::Cpu, How::Interpreter, How::Null],
+        backends,
+        how: vec![How::Code, How::Interpreter, How::Null],
     };
     let report = walk(&plan, &cases(), &mut |_, _| ControlFlow::Continue(()))?;
     for ((family, dtype, device), tally) in &report.rows {

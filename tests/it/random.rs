@@ -82,7 +82,7 @@ fn graph(level: &str, seed: u64, size: usize, tried: &mut Tried) -> Checked<()> 
         symbols[0] = 1;
         graph = graph.specialise("T", 1, 1);
     }
-    let mut subject = Subject::new(graph);
+    let mut subject = Subject::new(graph, &level.target);
     let feed = Feed { symbols, past, distribution: rng.pick(&Distribution::ALL), seed };
     let mut tensors = subject.tensors(&feed)?;
 

@@ -69,7 +69,7 @@ fn alone() -> Checked<()> {
         }
     }
     for case in cases().into_iter().chain(random(1, 60)) {
-        let Subject { graph } = Subject::new(case.graph);
+        let Subject { graph } = Subject::new(case.graph, &level.target);
         groups += groups_alone(&graph, &level)?;
     }
     println!("{groups} groups");
@@ -89,7 +89,7 @@ fn wrong(kernel: &Kernel) -> Checked<Kernel> {
 fn wrong_case(place: &Place) -> Checked<KernelCase> {
     let level = native()?;
     let case = cases().into_iter().find(|case| case.name.starts_with("residual")).ok_or("no such case")?;
-    let mut subject = Subject::new(case.graph);
+    let mut subject = Subject::new(case.graph, &level.target);
     let group = subject.groups().last().ok_or("no group")?;
     let feed = Feed { symbols: Case::symbols(5), past: 0, distribution: Distribution::Normal, seed: 1 };
     let tensors = subject.tensors(&feed)?;

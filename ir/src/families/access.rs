@@ -12,8 +12,8 @@ use super::{Arg, GroupView, LowerError, storage};
 use crate::dim::Dim;
 use crate::dtype::DType;
 use crate::graph::{Layout, Pack, ValueId};
-use crate::kernel::{self, Access, Arith, BufferId, Expr, Space, Type};
-use crate::op::{Binary, Op};
+use crate::kernel::{self, Access, Arith, BufferId, Expr, Space, Type, WARP};
+use crate::op::{Binary, Compare, Op, Reduction};
 
 /// A loop variable that indices are made of.
 #[derive(Clone, Debug)]
@@ -311,6 +311,19 @@ pub struct Lowering<'a, 'g> {
     /// What the parameters are bound to, in order.
     pub args: Vec<Arg>,
     buffers: Vec<BufferId>,
+    /// The threads that do a row together, on a GPU.
+    warp: Option<Warp>,
+}
+
+/// A warp of a CTA, as one of its threads sees it.
+#[derive(Clone, Debug)]
+pub struct Warp {
+    /// Warps of the CTA.
+    pub count: usize,
+    /// This one's number.
+    pub number: Expr,
+    /// This thread's lane.
+    pub lane: Expr,
 }
 
 /// What is known in the block being written: values already computed there.
@@ -349,7 +362,72 @@ impl<'a, 'g> Lowering<'a, 'g> {
         let group = &view.graph.groups[view.id.0 as usize];
         let schedule = group.schedule.clone().unwrap_or_default();
         let k = kernel::Builder::new(tail(&group.name), group.family, schedule, view.kernel_symbols());
-        Lowering { view, k, args: Vec::new(), buffers: Vec::new() }
+        Lowering { view, k, args: Vec::new(), buffers: Vec::new(), warp: None }
+    }
+
+    /// Begins the kernel of a group whose workers are CTAs of so many warps.
+    pub fn of_warps(view: &'a GroupView<'g>, count: usize) -> Lowering<'a, 'g> {
+        let mut l = Lowering::new(view);
+        l.k.threads(count * usize::from(WARP));
+        let lane = l.k.let_("lane", Expr::Thread % i64::from(WARP));
+        let number = l.k.let_("warp", Expr::Thread / i64::from(WARP));
+        l.warp = Some(Warp { count, number, lane });
+        l
+    }
+
+    /// The warp of a GPU's kernel.
+    ///
+    /// # Panics
+    ///
+    /// In a CPU's.
+    pub fn warp(&self) -> Warp {
+        self.warp.clone().expect("begun by of_warps")
+    }
+
+    /// Runs `body` for each row: on a CPU a turn is a row; on a GPU a warp does one.
+    pub fn each_row(&mut self, rows: Expr, body: impl FnOnce(&mut Self, Expr)) {
+        let Some(Warp { count, number, .. }) = self.warp.clone() else {
+            return self.parallel("t", rows, body);
+        };
+        let turns = (rows.clone() + (count - 1)) / count;
+        self.parallel("rows", turns, |l, turn| {
+            let t = l.k.let_("t", turn * count + number);
+            l.only(t.clone().compare(Compare::Lt, rows), |l| body(l, t));
+        });
+    }
+
+    /// Runs `body` once a row: on a GPU by the warp's first lane.
+    pub fn once(&mut self, body: impl FnOnce(&mut Self)) {
+        match self.warp.clone() {
+            None => body(self),
+            Some(Warp { lane, .. }) => self.only(lane.compare(Compare::Eq, 0usize), body),
+        }
+    }
+
+    /// `if cond { ... }`, with the whole lowering inside.
+    pub fn only(&mut self, cond: Expr, body: impl FnOnce(&mut Self)) {
+        self.k.open();
+        body(self);
+        let then = self.k.close();
+        self.k.if_else(cond, then, Vec::new());
+    }
+
+    /// Folds a scalar that each thread of a row has; all get the result.
+    pub fn folded(&mut self, kind: Reduction, value: Expr) -> Expr {
+        let sign = match kind {
+            Reduction::Sum => Arith::Add,
+            Reduction::Max => Arith::Max,
+        };
+        let masks = [16, 8, 4, 2, 1].into_iter().filter(|_| self.warp.is_some());
+        masks.fold(value, |value, mask| {
+            let value = self.k.let_("part", value);
+            Expr::Arith(sign, Box::new(value.clone()), Box::new(value.shuffle(mask)))
+        })
+    }
+
+    /// Lanes of the vectors that a row is done in.
+    pub fn width(&self) -> u16 {
+        if self.warp.is_some() { 8 } else { kernel::LANES }
     }
 
     /// Ends the kernel.
@@ -418,10 +496,10 @@ impl<'a, 'g> Lowering<'a, 'g> {
         self.bind(Arg::Value(id), name, Access::Read, value.ty.dtype, &shape, Some(vec![pitch, 1]))
     }
 
-    /// Packed weights as a parameter: `[panels, streams, k/word, 16 word]`.
+    /// Packed weights as a parameter: `[panels, streams, k/word, lanes word]`.
     pub fn pack(&mut self, name: &str, number: usize) -> BufferId {
         let pack = &self.view.graph.packs[number];
-        let shape = [pack.panels(), pack.streams.len(), pack.words(), Pack::LANES * pack.word].map(Dim::from);
+        let shape = [pack.panels(), pack.streams.len(), pack.words(), pack.lanes * pack.word].map(Dim::from);
         self.bind(Arg::Pack(number), name, Access::Read, pack.dtype, &shape, None)
     }
 
@@ -516,7 +594,7 @@ impl<'a, 'g> Lowering<'a, 'g> {
         Ok(expr)
     }
 
-    /// Runs `write` for vectors of 16 lanes, or, where an access refuses that, for scalars.
+    /// Runs `write` for vectors of [`Lowering::width`], or, where an access refuses that, for scalars.
     ///
     /// # Errors
     ///
@@ -526,7 +604,7 @@ impl<'a, 'g> Lowering<'a, 'g> {
         write: &dyn Fn(&mut Self, u16) -> Result<(), LowerError>,
     ) -> Result<(), LowerError> {
         let before = (self.k.clone(), self.args.clone(), self.buffers.clone());
-        if write(self, kernel::LANES).is_ok() {
+        if write(self, self.width()).is_ok() {
             return Ok(());
         }
         (self.k, self.args, self.buffers) = before;
@@ -534,7 +612,7 @@ impl<'a, 'g> Lowering<'a, 'g> {
     }
 
     /// Loops over `extent` elements of a last axis: whole vectors, then one with the lanes that are left. `body` gets
-    /// the variables with the index added, and the index.
+    /// the variables with the index added, and the index. The threads of a warp take vectors in turn.
     ///
     /// # Errors
     ///
@@ -549,7 +627,7 @@ impl<'a, 'g> Lowering<'a, 'g> {
         let width = i64::from(lanes);
         let (whole, rest) = (extent / width, extent % width);
         let mut result = Ok(());
-        let mut run = |l: &mut Self, at: Expr, count: i64, lanes: u16| {
+        let mut run = |l: &mut Self, at: Expr, (count, width): (i64, i64), lanes: u16| {
             let mut vars = vars.clone();
             let mut index = vars.add(at, Some(count)).times(width);
             if lanes > 1 || width > 1 {
@@ -557,13 +635,24 @@ impl<'a, 'g> Lowering<'a, 'g> {
             }
             result = std::mem::replace(&mut result, Ok(())).and_then(|()| body(l, vars, index));
         };
-        match whole {
-            0 => {}
-            1 => run(self, Expr::Int(0), 1, lanes),
-            _ => self.looped("j", whole.into(), |l, j| run(l, j, whole, lanes)),
+        match (whole, self.warp.clone()) {
+            (0, _) => {}
+            (1, None) => run(self, Expr::Int(0), (1, width), lanes),
+            (_, None) => self.looped("j", whole.into(), |l, j| run(l, j, (whole, width), lanes)),
+            (_, Some(Warp { lane, .. })) => {
+                let var = self.k.open_loop("j");
+                run(self, Expr::Var(var), (whole, width), lanes);
+                self.k.close_for(var, lane, whole.into(), WARP.into());
+            }
         }
-        if rest > 0 {
-            run(self, whole.into(), whole + 1, rest as u16);
+        match self.warp.clone().filter(|_| rest > 0) {
+            // One element each: odd vectors have no instructions.
+            Some(Warp { lane, .. }) => {
+                let at = Expr::from(whole * width) + lane.clone();
+                self.only(lane.compare(Compare::Lt, rest), |l| run(l, at, (extent, 1), 1));
+            }
+            None if rest > 0 => run(self, whole.into(), (whole + 1, width), rest as u16),
+            None => {}
         }
         result
     }
@@ -620,6 +709,11 @@ impl<'a, 'g> Lowering<'a, 'g> {
                 let state = storage(graph, root);
                 let buffer = self.tensor("cache", state, Access::ReadWrite);
                 let [head, column] = [&index[1], &index[2]].map(|i| scope.vars.expr(i));
+                if !matches!(graph[state].layout, Some(Layout::KeyPanels { .. } | Layout::ValuePanels { .. }))
+                {
+                    self.k.store(buffer, &[head, slot, column], value);
+                    return Ok(());
+                }
                 for lane in 0..lanes {
                     let column = column.clone() + i64::from(lane);
                     let at = cache_index(graph[state].layout, head.clone(), slot.clone(), column);
@@ -681,15 +775,25 @@ impl<'a, 'g> Lowering<'a, 'g> {
         })
     }
 
-    /// Loads an element of a weight that is only stored packed: by scalars.
+    /// Loads an element of a weight that is only stored packed: by scalars, where it is in panels.
     fn load_packed(&mut self, scope: &Scope, number: usize, index: &[Affine]) -> Result<Expr, LowerError> {
-        let word = self.view.graph.packs[number].word as i64;
+        let Pack { lanes, word, .. } = self.view.graph.packs[number];
+        let (lanes, word) = (lanes as i64, word as i64);
         let buffer = self.pack("table", number);
+        if self.view.graph.packs[number].words() == 1 && lanes == 1 {
+            let lanes = match [&index[0], &index[1]].map(|i| scope.vars.lane_factor(i)) {
+                [0, 0] => 1,
+                [0, 1] => scope.vars.lanes(),
+                _ => return Err(self.view.unsupported("lanes that stride over packed weights")),
+            };
+            let [row, k] = [&index[0], &index[1]].map(|i| scope.vars.expr(i));
+            let zero = Expr::Int(0);
+            return Ok(self.k.load(buffer, &[row, zero.clone(), zero, k], lanes).cast(DType::F32));
+        }
         if index.iter().any(|i| scope.vars.lane_factor(i) != 0) {
             return Err(self.view.unsupported("lanes over packed weights"));
         }
         let [row, k] = [&index[0], &index[1]].map(|i| scope.vars.expr(i));
-        let lanes = Pack::LANES as i64;
         let at = [row.clone() / lanes, Expr::Int(0), k.clone() / word, row % lanes * word + k % word];
         Ok(self.k.load(buffer, &at, 1).cast(DType::F32))
     }

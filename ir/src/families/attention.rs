@@ -16,7 +16,7 @@ use crate::graph::{Layout, Pack};
 use crate::kernel::{Access, Expr, LANES, Type};
 use crate::op::{Compare, Op, Reduction, Unary};
 use crate::schedule::{self, Field};
-use crate::target::Target;
+use crate::target::Vectors;
 
 /// Tile sizes of attention.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -64,10 +64,10 @@ pub const KEYS: usize = 64;
 /// # Errors
 ///
 /// When the group is no attention.
-pub fn schedules(view: &GroupView<'_>, target: &Target) -> Result<Vec<String>, LowerError> {
+pub fn schedules(view: &GroupView<'_>, vectors: &Vectors) -> Result<Vec<String>, LowerError> {
     let shape = shape_of(view)?;
-    let wide = target.registers_per_vector();
-    let fits = |mr: usize, nr: usize| (mr * nr + nr) * wide < target.vector_registers;
+    let wide = vectors.per_vector();
+    let fits = |mr: usize, nr: usize| (mr * nr + nr) * wide < vectors.registers;
     let most = if shape.one_step { shape.per_kv.min(8) } else { 6 };
     // One position has too few rows to use a vector of keys often: the narrowest tile loads the least.
     let widths = if shape.one_step { [1, 2, 4] } else { [4, 2, 1] };
@@ -123,11 +123,11 @@ fn shape_of(view: &GroupView<'_>) -> Result<Shape, LowerError> {
 /// # Errors
 ///
 /// Where shapes are symbolic behind the first axis, the dtype is neither f32 nor bf16, or the schedule does not fit.
-pub fn lower(view: &GroupView<'_>, target: &Target) -> Result<Lowered, LowerError> {
+pub fn lower(view: &GroupView<'_>, vectors: &Vectors) -> Result<Lowered, LowerError> {
     let Shape { per_kv, kv_heads, d, slots, dtype, word, .. } = shape_of(view)?;
     let text = match &view.graph.groups[view.id.0 as usize].schedule {
         Some(text) => text.clone(),
-        None => schedules(view, target)?.swap_remove(0),
+        None => schedules(view, vectors)?.swap_remove(0),
     };
     let wrong =
         |what: String| LowerError::Schedule { group: view.name().to_string(), schedule: text.clone(), what };

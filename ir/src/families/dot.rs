@@ -18,7 +18,7 @@ use crate::graph::{Pack, Stream, ValueId};
 use crate::kernel::{BufferId, Builder, Expr, LANES, Type};
 use crate::op::{Compare, Op};
 use crate::schedule::{self, Field};
-use crate::target::Target;
+use crate::target::Vectors;
 use std::cmp::Ordering;
 
 /// Tile sizes of a product.
@@ -248,6 +248,7 @@ pub fn packs(view: &GroupView<'_>, group: &DotGroup) -> Vec<Pack> {
         dtype: group.dtype,
         n: segment.n(),
         k: group.k,
+        lanes: Pack::LANES,
         word,
         streams: segment.streams.iter().map(|(_, stream)| stream.clone()).collect(),
     };
@@ -260,17 +261,17 @@ pub fn packs(view: &GroupView<'_>, group: &DotGroup) -> Vec<Pack> {
 /// # Errors
 ///
 /// As [`analyse`].
-pub fn candidates(view: &GroupView<'_>, target: &Target) -> Result<Vec<Candidate>, LowerError> {
+pub fn candidates(view: &GroupView<'_>, vectors: &Vectors) -> Result<Vec<Candidate>, LowerError> {
     let group = analyse(view)?;
     let streams = group.segments.iter().map(|s| s.streams.len()).max().unwrap_or(1);
     let one_row = group.m.constant() == Some(1);
     let words = group.k.div_ceil(word(group.dtype));
-    let wide = target.registers_per_vector();
+    let wide = vectors.per_vector();
     let mut ranked: Vec<(f64, DotSchedule)> = Vec::new();
     for mr in 1..=if one_row { 1 } else { 12 } {
         for nr in (streams..=6).filter(|nr| group.segments.iter().all(|s| nr % s.streams.len() == 0)) {
             // Accumulators, one vector of each column, and a broadcast.
-            if (mr * nr + nr) * wide + 1 > target.vector_registers && mr * nr > streams {
+            if (mr * nr + nr) * wide + 1 > vectors.registers && mr * nr > streams {
                 continue;
             }
             for (kc, mc) in blocks(words, mr, nr, one_row) {
@@ -344,11 +345,11 @@ fn group_cost(group: &DotGroup, schedule: DotSchedule, wide: usize) -> f64 {
 /// # Errors
 ///
 /// As [`analyse`]; and where the schedule does not fit.
-pub fn lower(view: &GroupView<'_>, target: &Target) -> Result<Lowered, LowerError> {
+pub fn lower(view: &GroupView<'_>, vectors: &Vectors) -> Result<Lowered, LowerError> {
     let group = analyse(view)?;
     let text = match &view.graph.groups[view.id.0 as usize].schedule {
         Some(text) => text.clone(),
-        None => candidates(view, target)?.swap_remove(0).schedule,
+        None => candidates(view, vectors)?.swap_remove(0).schedule,
     };
     let schedule = DotSchedule::parse(&text).map_err(|what| LowerError::Schedule {
         group: view.name().to_string(),
@@ -646,7 +647,8 @@ fn vectors(
         }
     };
     let column = part.times(lanes as i64).plus(&vars.add_lane(LANES));
-    outputs(l, segment, tile, vars, row, chunk, column, Expr::Int(0))
+    let sums = tile.sums(l, segment, Expr::Int(0), LANES);
+    outputs(l, segment, Place { vars, row, chunk, column }, &sums)
 }
 
 fn scalars(
@@ -660,42 +662,71 @@ fn scalars(
     let left = Expr::from(segment.n()) - panel.clone() * Pack::LANES;
     l.looped("lane", left.min(Pack::LANES), |l, lane| {
         let n = l.k.let_("n", panel.clone() * Pack::LANES + lane.clone());
-        let mut vars = Vars::default();
-        let row = vars.add(t.clone(), None);
-        let (chunk, column) = match segment.chunks {
-            1 => (None, vars.add(n, Some(segment.chunk as i64))),
-            chunks => {
-                let chunk = l.k.let_("head", n.clone() / segment.chunk);
-                let column = l.k.let_("part", n % segment.chunk);
-                (Some(vars.add(chunk, Some(chunks as i64))), vars.add(column, Some(segment.chunk as i64)))
-            }
-        };
-        result = outputs(l, segment, tile, vars, row, chunk, column, lane);
+        let place = Place::of(l, segment, t, &n, 1);
+        let sums = tile.sums(l, segment, lane, 1);
+        result = outputs(l, segment, place, &sums);
     });
     result
 }
 
-/// Evaluates and stores each output of a segment at one place; the products' columns come from the tile.
-#[allow(clippy::too_many_arguments)] // the place, coordinate by coordinate
-fn outputs(
-    l: &mut Lowering<'_, '_>,
-    segment: &Segment,
-    tile: &Tile,
+impl Tile {
+    /// The sums of each stream at `lanes` columns from `lane` on.
+    fn sums(&self, l: &mut Lowering<'_, '_>, segment: &Segment, lane: Expr, lanes: u16) -> Vec<Expr> {
+        let sum = |stream: usize| {
+            let at = self.column.clone() + (stream * Pack::LANES) + lane.clone();
+            let sum = l.k.load(self.buffer, &[self.row.clone(), at], lanes);
+            l.k.let_("sum", sum)
+        };
+        (0..segment.streams.len()).map(sum).collect()
+    }
+}
+
+/// Where in the index space of a segment's outputs something is stored.
+pub struct Place {
     vars: Vars,
     row: Affine,
+    /// `None` where there is one chunk only.
     chunk: Option<Affine>,
     column: Affine,
-    lane: Expr,
+}
+
+impl Place {
+    /// Row `t`, and `lanes` columns from `n` on, which lie in one chunk: its length and `n` are multiples of `lanes`.
+    pub fn of(l: &mut Lowering<'_, '_>, segment: &Segment, t: &Expr, n: &Expr, lanes: u16) -> Place {
+        let mut vars = Vars::default();
+        let row = vars.add(t.clone(), None);
+        let (chunk, part) = match segment.chunks {
+            1 => (None, n.clone()),
+            chunks => {
+                let chunk = l.k.let_("head", n.clone() / segment.chunk);
+                let part = l.k.let_("part", n.clone() % segment.chunk);
+                (Some(vars.add(chunk, Some(chunks as i64))), part)
+            }
+        };
+        if lanes == 1 {
+            let column = vars.add(part, Some(segment.chunk as i64));
+            return Place { vars, row, chunk, column };
+        }
+        let number = l.k.let_("number", part / i64::from(lanes));
+        let column = vars.add(number, Some(segment.chunk as i64 / i64::from(lanes))).times(lanes.into());
+        let column = column.plus(&vars.add_lane(lanes));
+        Place { vars, row, chunk, column }
+    }
+}
+
+/// Evaluates and stores each output of a segment at one place; `sums` are the products' columns there, one a stream.
+///
+/// # Errors
+///
+/// Where an access is no vector and no scalar.
+pub fn outputs(
+    l: &mut Lowering<'_, '_>,
+    segment: &Segment,
+    place: Place,
+    sums: &[Expr],
 ) -> Result<(), LowerError> {
-    let lanes = vars.lanes();
+    let Place { vars, row, chunk, column } = place;
     let mut scope = Scope::new(vars);
-    let sums: Vec<Expr> = (0..segment.streams.len())
-        .map(|stream| {
-            let at = tile.column.clone() + (stream * Pack::LANES) + lane.clone();
-            let sum = l.k.load(tile.buffer, &[tile.row.clone(), at], lanes);
-            l.k.let_("sum", sum)
-        })
-        .collect();
     let leaf = |id: ValueId, index: &[Affine]| {
         let offset = index.get(1)?.base.constant()?;
         let is = |(dot, stream): &(ValueId, Stream)| *dot == id && stream.offset as i64 == offset;

@@ -1,9 +1,9 @@
 //! `y[i] = f(x[i], ...)`: independent elements; rows picked by index (`gather`) are a case of it.
 //!
-//! Rows are split over the workers; a row is done in vectors of 16 where every access is one.
+//! Rows are split over the workers, on a GPU over warps; a row is done in vectors where every access is one.
 
 use super::access::{Lowering, Piece, Scope, pieces, stored_value};
-use super::{GroupView, LowerError, Lowered};
+use super::{LowerError, Lowered};
 use crate::graph::ValueId;
 use crate::kernel::Expr;
 
@@ -12,8 +12,8 @@ use crate::kernel::Expr;
 /// # Errors
 ///
 /// Where an index is not affine or an op has no element-wise meaning.
-pub fn lower(view: &GroupView<'_>) -> Result<Lowered, LowerError> {
-    let mut l = Lowering::new(view);
+pub fn lower(mut l: Lowering<'_, '_>) -> Result<Lowered, LowerError> {
+    let view = l.view;
     // Roots that are cut alike share their loops.
     let mut cuts: Vec<(Vec<Piece>, Vec<ValueId>)> = Vec::new();
     for &root in &view.roots {
@@ -33,7 +33,7 @@ pub fn lower(view: &GroupView<'_>) -> Result<Lowered, LowerError> {
                     Some(&rows) => piece.extent[0].map_or(Expr::from(rows), Expr::from),
                     None => Expr::Int(1),
                 };
-                l.parallel("t", rows, |l, t| {
+                l.each_row(rows, |l, t| {
                     result = element(l, &piece, &roots, vec![t], lanes);
                 });
                 result
@@ -68,7 +68,9 @@ fn element(
         .map(|(i, (&extent, &start))| vars.add(i.clone(), extent).offset(crate::Dim::of(start)))
         .collect();
     if rank < 2 {
-        return store(l, &mut Scope::new(vars), roots, &index);
+        let mut result = Ok(());
+        l.once(|l| result = store(l, &mut Scope::new(vars), roots, &index));
+        return result;
     }
     let extent = piece.extent[rank - 1].ok_or_else(|| l.view.unsupported("a symbolic last extent"))?;
     l.along(&vars, extent, lanes, &mut |l, vars, last| {

@@ -1,13 +1,13 @@
 //! Reductions of rows with the element-wise work around them: RMSNorm, softmax.
 //!
-//! A row is read once for each reduction and once for the result, in vectors of 16 lanes; the lanes of a sum are folded
-//! at its end, so that its order depends on the row's length alone.
+//! A row is read once for each reduction and once for the result, in vectors; the lanes of a sum, and on a GPU the threads of
+//! a warp, are folded at its end, so that its order depends on the row's length alone.
 
 use super::access::{Affine, Lowering, Scope, Vars, stored_value};
-use super::{GroupView, LowerError, Lowered};
+use super::{LowerError, Lowered};
 use crate::dtype::DType;
 use crate::graph::ValueId;
-use crate::kernel::{Arith, Expr, LANES, Type};
+use crate::kernel::{Arith, Expr, Type};
 use crate::op::{Compare, Op, Reduction};
 
 /// The kernel of a row-wise group.
@@ -15,8 +15,8 @@ use crate::op::{Compare, Op, Reduction};
 /// # Errors
 ///
 /// Where a reduction is not along the last axis, or an index is not affine.
-pub fn lower(view: &GroupView<'_>) -> Result<Lowered, LowerError> {
-    let mut l = Lowering::new(view);
+pub fn lower(mut l: Lowering<'_, '_>) -> Result<Lowered, LowerError> {
+    let view = l.view;
     for &root in &view.roots {
         let source = stored_value(view, root);
         let folded = |id: ValueId| matches!(view.graph[id].op, Op::Reduce { .. });
@@ -28,7 +28,7 @@ pub fn lower(view: &GroupView<'_>) -> Result<Lowered, LowerError> {
         l.vector_or_scalar(&|l, lanes| {
             let mut result = Ok(());
             let rows = shape.first().filter(|_| outer > 0).map_or(Expr::Int(1), |&d| d.into());
-            l.parallel("t", rows, |l, t| result = row(l, root, outer, vec![t], lanes));
+            l.each_row(rows, |l, t| result = row(l, root, outer, vec![t], lanes));
             result
         })?;
     }
@@ -59,8 +59,13 @@ fn row(
     let leaf = |id: ValueId, _: &[Affine]| folds.iter().find(|f| f.0 == id).map(|f| f.1.clone());
     if shape.len() == outer {
         let mut scope = Scope::new(vars);
-        let value = l.value_at(&mut scope, source, &index, &leaf)?;
-        return l.store_at(&mut scope, root, &index, value, &leaf);
+        let mut result = Ok(());
+        l.once(|l| {
+            result = l
+                .value_at(&mut scope, source, &index, &leaf)
+                .and_then(|value| l.store_at(&mut scope, root, &index, value, &leaf));
+        });
+        return result;
     }
     let Some(extent) = shape.last().and_then(|d| d.constant()).filter(|_| shape.len() == outer + 1) else {
         return Err(l.view.unsupported("rows of several axes"));
@@ -124,7 +129,7 @@ pub fn fold(
             let has = l.k.kernel().type_of(&x).lanes();
             x = x.splat(now / has);
             if now < lanes {
-                x = padded(x, now, first);
+                x = padded(x, now, lanes, first);
             }
             let sum = Expr::Arith(sign, Box::new(l.k.get(acc, &[])), Box::new(x));
             l.k.set(acc, &[], sum);
@@ -132,17 +137,18 @@ pub fn fold(
         })?;
         let whole = l.k.get(acc, &[]);
         let folded = if lanes == 1 { whole } else { whole.reduce(kind) };
+        let folded = l.folded(kind, folded);
         let folded = l.k.let_(name, folded);
         done.push((id, folded));
     }
     Ok(done)
 }
 
-/// `x` in the first `has` of 16 lanes, `fill` in the others.
-pub fn padded(x: Expr, has: u16, fill: f64) -> Expr {
+/// `x` in the first `has` of so many lanes, `fill` in the others.
+pub fn padded(x: Expr, has: u16, lanes: u16, fill: f64) -> Expr {
     if fill == 0.0 {
-        return x.lanes(0, LANES);
+        return x.lanes(0, lanes);
     }
-    let end = Expr::Const { value: has.into(), ty: Type::Vector { dtype: DType::I32, lanes: LANES } };
-    Expr::Iota { lanes: LANES }.compare(Compare::Lt, end).select(x.lanes(0, LANES), Expr::f32(fill, LANES))
+    let end = Expr::Const { value: has.into(), ty: Type::Vector { dtype: DType::I32, lanes } };
+    Expr::Iota { lanes }.compare(Compare::Lt, end).select(x.lanes(0, lanes), Expr::f32(fill, lanes))
 }

@@ -11,6 +11,7 @@
 //!   `parallel`, which every worker runs. Two workers that touch one element of a `write` or `update` param between two
 //!   barriers, one of them writing, are a race. A local belongs to the worker: an iteration that reads what another
 //!   iteration stored would see that only on some numbers of workers, and this is a fault too.
+//! * **Threads**: kernels whose workers have several are refused; the PTX emulator is their judge.
 //! * **Memory** begins unwritten in locals and `write` params, and registers without an initial value undefined;
 //!   reading either is a fault. So is an element of a `write` param that is unwritten at the end, and an index outside
 //!   of its axis: what lies between two rows is thereby never touched.
@@ -170,6 +171,9 @@ pub enum FaultKind {
     /// No kernel to run.
     #[error(transparent)]
     Invalid(#[from] Box<VerifyError>),
+    /// A kernel whose workers are not single threads.
+    #[error("a worker of {0} threads; the device ptx-emulator runs such kernels")]
+    Threads(u16),
     /// A symbol outside its range.
     #[error("{name} = {value} is outside {min}..{max}")]
     Symbol {
@@ -309,6 +313,9 @@ pub fn run(
     let header = || format!("kernel @{}", kernel.name);
     let fault = |at: String, kind| Box::new(Fault { at, loops: Vec::new(), kind });
     verify(kernel).map_err(|e| fault(header(), FaultKind::Invalid(e)))?;
+    if kernel.threads > 1 {
+        return Err(fault(header(), FaultKind::Threads(kernel.threads)));
+    }
     for (symbol, &value) in kernel.symbols.0.iter().zip(symbols) {
         let (name, min, max) = (symbol.name.clone(), symbol.min, symbol.max);
         if value < min || max < value {
@@ -328,6 +335,7 @@ pub fn run(
         let content = match buffer.space {
             Space::Global(_) => next_param.next().expect("counted above"),
             Space::Local => next_local.next().expect("made above"),
+            Space::Shared => unreachable!("refused above"),
         };
         let KBuffer { dtype, shape, strides, elems } = &mut *content;
         if *dtype != buffer.dtype || *shape != extents(buffer, symbols) || *strides != buffer.strides {
@@ -494,6 +502,7 @@ impl Machine<'_> {
                 (self.now, self.outside) = (self.workers.len(), self.workers.len());
                 self.workers.push(None);
             }
+            Stmt::Sync | Stmt::Copy { .. } | Stmt::Commit | Stmt::Wait(_) => unreachable!("refused above"),
         }
         Ok(())
     }
@@ -745,6 +754,14 @@ impl Machine<'_> {
                     Value::Ints(a) => Value::Ints(fold(a, |low, high| arith_i32(op, low, high))),
                     Value::Index(_) | Value::Flag(_) => unreachable!("a vector, as verified"),
                 }
+            }
+            Expr::Join(a, b) => match (self.eval(a)?, self.eval(b)?) {
+                (Value::Floats(a), Value::Floats(b)) => Value::Floats([a, b].concat()),
+                (Value::Ints(a), Value::Ints(b)) => Value::Ints([a, b].concat()),
+                _ => unreachable!("two vectors of one dtype, as verified"),
+            },
+            Expr::Thread | Expr::Exp2(_) | Expr::Shuffle { .. } | Expr::Matrix { .. } | Expr::Mma(..) => {
+                unreachable!("refused above")
             }
             Expr::DotBf16(acc, a, b) => {
                 let (mut acc, a, b) = (self.floats(acc)?, self.floats(a)?, self.floats(b)?);

@@ -125,6 +125,7 @@ fn empty() -> Kernel {
         name: String::new(),
         family: Family::Dot,
         schedule: String::new(),
+        threads: 1,
         symbols: Symbols::default(),
         buffers: Vec::new(),
         vars: Vec::new(),
@@ -451,15 +452,21 @@ impl Parser {
         let Token::Text(schedule) = self.peek().clone() else { return self.expected("a string") };
         self.next();
         self.kernel.schedule = schedule;
+        if self.found_sign(",") {
+            self.kernel.threads = self.small()?;
+            self.word("threads")?;
+        }
         if self.found_sign("(") {
             self.symbols()?;
         }
         self.sign("{")?;
         loop {
             if self.found_word("param") {
-                self.declaration(true)?;
+                self.declaration(None)?;
             } else if self.found_word("local") {
-                self.declaration(false)?;
+                self.declaration(Some(Space::Local))?;
+            } else if self.found_word("shared") {
+                self.declaration(Some(Space::Shared))?;
             } else {
                 break;
             }
@@ -495,21 +502,22 @@ impl Parser {
         }
     }
 
-    /// `%x : read bf16[T, 64] strides [80, 1]`.
-    fn declaration(&mut self, global: bool) -> Result<()> {
+    /// `%x : read bf16[T, 64] strides [80, 1]`; the access stands there if the word before did not say the space.
+    fn declaration(&mut self, space: Option<Space>) -> Result<()> {
         let at = self.at;
         let name = self.value_name()?;
         self.declare(at, &name, Named::Buffer(BufferId(self.kernel.buffers.len() as u32)))?;
         self.sign(":")?;
-        let space = if global {
-            let at = self.at;
-            let access = self.any_word("an access")?;
-            match Access::ALL.iter().find(|a| a.name() == access) {
-                Some(&access) => Space::Global(access),
-                None => return self.error(at, ParseErrorKind::Unknown(access)),
+        let space = match space {
+            Some(space) => space,
+            None => {
+                let at = self.at;
+                let access = self.any_word("an access")?;
+                match Access::ALL.iter().find(|a| a.name() == access) {
+                    Some(&access) => Space::Global(access),
+                    None => return self.error(at, ParseErrorKind::Unknown(access)),
+                }
             }
-        } else {
-            Space::Local
         };
         let dtype = self.dtype()?;
         let at = self.at;
@@ -673,6 +681,17 @@ impl Parser {
                 Ok(Stmt::If { cond, then, otherwise })
             }
             "barrier" => Ok(Stmt::Barrier),
+            "sync" => Ok(Stmt::Sync),
+            "copy" => {
+                let (to, at) = (self.buffer()?, self.index_list()?);
+                self.sign("=")?;
+                let (from, index) = (self.buffer()?, self.index_list()?);
+                let lanes = self.typed(from)?;
+                self.sign(",")?;
+                Ok(Stmt::Copy { to, at, from, index, lanes, count: self.expr()? })
+            }
+            "commit" => Ok(Stmt::Commit),
+            "wait" => Ok(Stmt::Wait(self.small()?)),
             _ => {
                 self.at -= 1;
                 self.expected("a statement or `}`")
@@ -783,6 +802,10 @@ impl Parser {
                 match self.peek() {
                     Token::Sign("(") => self.call(&word),
                     Token::Value(_) if word == "load" => self.load(),
+                    Token::Value(_) if word == "matrix" || word == "matrix.t" => {
+                        self.matrix(word == "matrix.t")
+                    }
+                    _ if word == "thread" => Ok(Expr::Thread),
                     _ => match self.kernel.symbols.find(&word) {
                         Some(sym) => Ok(Expr::Sym(sym)),
                         None => self.error(self.at - 1, ParseErrorKind::Unknown(word)),
@@ -799,12 +822,30 @@ impl Parser {
     fn load(&mut self) -> Result<Expr> {
         let buffer = self.buffer()?;
         let index = self.list(Parser::sum)?;
+        let lanes = self.typed(buffer)?;
+        Ok(Expr::Load { buffer, index, lanes })
+    }
+
+    /// `%a[%r, %c] : bf16x8`.
+    fn matrix(&mut self, trans: bool) -> Result<Expr> {
+        let buffer = self.buffer()?;
+        let index = self.list(Parser::sum)?;
+        let at = self.at;
+        let lanes = self.typed(buffer)?;
+        match lanes {
+            2 | 4 | 8 => Ok(Expr::Matrix { buffer, index, matrices: lanes / 2, trans }),
+            _ => self.error(at, ParseErrorKind::Range),
+        }
+    }
+
+    /// `: bf16x2`, of the buffer's dtype: its lanes.
+    fn typed(&mut self, buffer: BufferId) -> Result<u16> {
         self.sign(":")?;
         let at = self.at;
         let found = self.ty()?;
         let expected = self.kernel[buffer].dtype;
         match found {
-            Type::Vector { dtype, lanes } if dtype == expected => Ok(Expr::Load { buffer, index, lanes }),
+            Type::Vector { dtype, lanes } if dtype == expected => Ok(lanes),
             Type::Vector { .. } | Type::Index | Type::Flag => {
                 let buffer = self.kernel[buffer].name.clone();
                 self.error(at, ParseErrorKind::LoadType { buffer, expected, found })
@@ -839,6 +880,20 @@ impl Parser {
                 "dot.bf16" => {
                     let (acc, a, b) = self.three()?;
                     Expr::DotBf16(acc, a, b)
+                }
+                "exp2" => Expr::Exp2(self.operand()?),
+                "join" => {
+                    let (a, b) = self.two()?;
+                    Expr::Join(a, b)
+                }
+                "mma" => {
+                    let (acc, a, b) = self.three()?;
+                    Expr::Mma(acc, a, b)
+                }
+                "shuffle" => {
+                    let value = self.operand()?;
+                    self.sign(",")?;
+                    Expr::Shuffle { value, mask: self.small()? }
                 }
                 "splat" => {
                     let value = self.operand()?;

@@ -11,6 +11,9 @@ use std::fmt::{self, Display, Formatter, Write};
 impl Display for Kernel {
     fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
         write!(f, "kernel @{} : {}, schedule {}", self.name, self.family.name(), quoted(&self.schedule))?;
+        if self.threads != 1 {
+            write!(f, ", {} threads", self.threads)?;
+        }
         if !self.symbols.0.is_empty() {
             let symbols = self.symbols.0.iter().map(|s| format!("{} in {}..{}", s.name, s.min, s.max));
             write!(f, " ({})", symbols.collect::<Vec<_>>().join(", "))?;
@@ -31,10 +34,11 @@ pub fn declaration(kernel: &Kernel, buffer: &Buffer) -> String {
     let kind = match buffer.space {
         Space::Global(_) => "param",
         Space::Local => "local",
+        Space::Shared => "shared",
     };
     let access = match buffer.space {
         Space::Global(access) => format!("{} ", access.name()),
-        Space::Local => String::new(),
+        Space::Local | Space::Shared => String::new(),
     };
     let shape: Vec<String> = buffer.shape.iter().map(|&dim| kernel.symbols.show(dim)).collect();
     let mut text = format!("{kind} %{} : {access}{}[{}]", buffer.name, buffer.dtype, shape.join(", "));
@@ -73,6 +77,14 @@ pub fn head(kernel: &Kernel, stmt: &Stmt) -> String {
         }
         Stmt::If { cond, .. } => format!("if {}", of(cond)),
         Stmt::Barrier => "barrier".to_string(),
+        Stmt::Sync => "sync".to_string(),
+        Stmt::Copy { to, at, from, index, lanes, count } => {
+            let dtype = kernel.buffers.get(from.0 as usize).map_or("?", |b| b.dtype.name());
+            let (to, from) = (element(kernel, *to, at), element(kernel, *from, index));
+            format!("copy {to} = {from} : {dtype}x{lanes}, {}", of(count))
+        }
+        Stmt::Commit => "commit".to_string(),
+        Stmt::Wait(newest) => format!("wait {newest}"),
     }
 }
 
@@ -88,6 +100,7 @@ pub fn expr(kernel: &Kernel, value: &Expr) -> String {
             Some(symbol) => symbol.name.clone(),
             None => format!("?{}", sym.0),
         },
+        Expr::Thread => "thread".to_string(),
         Expr::Var(var) => var_name(kernel, *var),
         Expr::Const { value, ty } => format!("{ty}({})", number(*value, *ty)),
         Expr::Reg { reg, index } => register(kernel, *reg, index),
@@ -111,11 +124,21 @@ pub fn expr(kernel: &Kernel, value: &Expr) -> String {
         Expr::Select(c, a, b) => call("select", &[c, a, b]),
         Expr::Splat { value, times } => format!("splat({}, {times})", of(value)),
         Expr::Lanes { value, start, lanes } => format!("lanes({}, {start}, {lanes})", of(value)),
+        Expr::Join(a, b) => call("join", &[a, b]),
         Expr::Iota { lanes } => format!("iota({lanes})"),
         Expr::Cast { value, dtype } => format!("cast({}, {dtype})", of(value)),
         Expr::Index(a) => call("index", &[a]),
         Expr::Reduce(kind, a) => call(&format!("reduce.{}", kind.name()), &[a]),
         Expr::DotBf16(acc, a, b) => call("dot.bf16", &[acc, a, b]),
+        Expr::Exp2(a) => call("exp2", &[a]),
+        Expr::Shuffle { value, mask } => format!("shuffle({}, {mask})", of(value)),
+        Expr::Matrix { buffer, index, trans, .. } => {
+            let known = (buffer.0 as usize) < kernel.buffers.len();
+            let ty = if known { kernel.type_of(value).to_string() } else { "?".to_string() };
+            let word = if *trans { "matrix.t" } else { "matrix" };
+            format!("{word} {} : {ty}", element(kernel, *buffer, index))
+        }
+        Expr::Mma(acc, a, b) => call("mma", &[acc, a, b]),
     }
 }
 
@@ -144,7 +167,11 @@ fn block(kernel: &Kernel, stmts: &[Stmt], depth: usize, out: &mut String) {
             | Stmt::Set { .. }
             | Stmt::Store { .. }
             | Stmt::Prefetch { .. }
-            | Stmt::Barrier => {}
+            | Stmt::Barrier
+            | Stmt::Sync
+            | Stmt::Copy { .. }
+            | Stmt::Commit
+            | Stmt::Wait(_) => {}
         }
         out.push('\n');
     }

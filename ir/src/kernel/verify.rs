@@ -11,7 +11,7 @@
 //!    indices are positive constants; `fma` and functions on f32; `reduce` on a power of two of f32 or i32;
 //!    relations on two indices (a flag), two f32 or two i32 (`bool` lanes); `select` of two values of one type by a
 //!    flag, or of vectors by as many `bool` lanes; `cast` among f32, bf16, f16 and i32, and from an index to i32 or
-//!    f32; `index` of an i32 scalar; `dot.bf16` of f32 `xN` and twice bf16 `x2N`. Vectors have 1 to [`MAX_LANES`]
+//!    f32; `index` of an i32 scalar; `dot.bf16` of f32 `xN` and twice bf16 `x2N`; `join` of two vectors of one dtype. Vectors have 1 to [`MAX_LANES`]
 //!    lanes; `lanes` begins inside its operand; an integer literal is one that its dtype holds.
 //! 5. **Constants**: an index is constant if it is made of integers, variables of `unroll` and `let`s of such.
 //!    Register indices are constant and inside the file, in every copy of an unrolled body and under every `if`.
@@ -21,13 +21,18 @@
 //! 7. **Control**: `parallel` and `barrier` stand in the outermost block; a register declared outside of a `parallel`
 //!    is not set inside (what it held afterwards would depend on the number of workers); steps and unroll counts are
 //!    positive, and an innermost body is copied at most [`MAX_COPIES`] times.
-//! 8. **Size**: [`MAX_NODES`], [`MAX_NESTING`], [`MAX_BLOCKS`], [`MAX_REGISTERS`], [`MAX_LOCAL_BYTES`].
+//! 8. **Threads** are one, or whole warps up to [`MAX_THREADS`]. `thread`, `exp2`, `shared` memory (of constant extents, at most
+//!    [`MAX_SHARED_BYTES`] in all), `sync`, `shuffle`, `matrix`, `mma`, `copy`, `commit` and `wait` are for many; `local` memory
+//!    and `barrier` are for one. `shuffle` takes f32 or i32 and a mask of 1 to 31; `matrix` 1, 2 or 4 matrices of a shared
+//!    buffer with elements of two bytes; `mma` f32x4, bf16x8 and bf16x4, or f16; `copy` 16 bytes of a param to shared memory
+//!    of its dtype.
+//! 9. **Size**: [`MAX_NODES`], [`MAX_NESTING`], [`MAX_BLOCKS`], [`MAX_REGISTERS`], [`MAX_LOCAL_BYTES`].
 //!
 //! Cost: as much as unrolling, for each copy is checked with its constants.
 
 use super::parse::{is_name, is_word};
 use super::print;
-use super::{Access, Arith, Buffer, BufferId, Expr, Kernel, RegId, Space, Stmt, Type, VarId};
+use super::{Access, Arith, Buffer, BufferId, Expr, Kernel, RegId, Space, Stmt, Type, VarId, WARP};
 use crate::dim::{Dim, MAX_SYMBOLS};
 use crate::dtype::DType;
 use std::collections::HashSet;
@@ -44,6 +49,11 @@ pub const MAX_LANES: u16 = 1024;
 pub const MAX_COPIES: i64 = 4096;
 /// Registers of one file.
 pub const MAX_REGISTERS: usize = 4096;
+
+/// Threads of a worker.
+pub const MAX_THREADS: u16 = 1024;
+/// Bytes of all shared memory of a worker: what a CTA of sm_90 may have.
+pub const MAX_SHARED_BYTES: i64 = 227 << 10;
 
 /// Bytes of one local: it lies on a worker's stack.
 pub const MAX_LOCAL_BYTES: i64 = 1 << 20;
@@ -112,8 +122,34 @@ pub enum Rule {
     #[error("{0} bytes; a local has at most {MAX_LOCAL_BYTES}")]
     LocalBytes(i64),
     /// A local whose size is not known before it runs.
-    #[error("the extents of a local are constant")]
+    #[error("the extents of local and shared memory are constant")]
     LocalExtent,
+    /// No whole warps, or too many.
+    #[error("{0} threads; a worker has one, or whole warps of at most {MAX_THREADS}")]
+    Threads(u16),
+    /// What one thread does not have.
+    #[error("a worker of one thread has no {0}")]
+    OneThread(&'static str),
+    /// What threads of a GPU do not have.
+    #[error("a worker of many threads has no {0}")]
+    ManyThreads(&'static str),
+    /// More shared memory than any machine has.
+    #[error("{0} bytes of shared memory; a worker has at most {MAX_SHARED_BYTES}")]
+    SharedBytes(i64),
+    /// A lane that no exchange reaches.
+    #[error("a shuffle by {0}; lanes are exchanged by 1 to 31")]
+    Mask(u16),
+    /// Not one, two or four.
+    #[error("{0} matrices; 1, 2 or 4 are loaded at once")]
+    Matrices(u16),
+    /// Not the space that an operation is for.
+    #[error("`%{name}` is not in {expected} memory")]
+    Space {
+        /// The buffer.
+        name: String,
+        /// Where it would have to be.
+        expected: &'static str,
+    },
     /// A use outside of the block that declares.
     #[error("`%{0}` is not seen here")]
     Scope(String),
@@ -228,6 +264,7 @@ pub fn verify(kernel: &Kernel) -> Result<(), Box<VerifyError>> {
         check_buffer(kernel, buffer).map_err(|rule| fail(print::declaration(kernel, buffer), rule))?;
     }
     numbering(kernel).map_err(|rule| fail(format!("kernel @{}", kernel.name), rule))?;
+    threads(kernel).map_err(|rule| fail(format!("kernel @{}", kernel.name), rule))?;
     let mut ctx = Ctx {
         kernel,
         vars: vec![None; kernel.vars.len()],
@@ -245,7 +282,7 @@ fn rule<T>(rule: Rule) -> Checked<T> {
 }
 
 fn names(kernel: &Kernel) -> Checked<()> {
-    let Kernel { name, symbols, buffers, vars, regs, family: _, schedule: _, body: _ } = kernel;
+    let Kernel { name, symbols, buffers, vars, regs, family: _, schedule: _, threads: _, body: _ } = kernel;
     if symbols.0.len() > MAX_SYMBOLS {
         return rule(Rule::Symbols);
     }
@@ -274,6 +311,23 @@ fn names(kernel: &Kernel) -> Checked<()> {
     if is_name(name) { Ok(()) } else { rule(Rule::Name(name.clone())) }
 }
 
+/// A worker's threads, and what they have.
+fn threads(kernel: &Kernel) -> Checked<()> {
+    let many = kernel.threads > 1;
+    if kernel.threads == 0 || kernel.threads > MAX_THREADS || many && !kernel.threads.is_multiple_of(WARP) {
+        return rule(Rule::Threads(kernel.threads));
+    }
+    for buffer in &kernel.buffers {
+        match buffer.space {
+            Space::Local if many => return rule(Rule::ManyThreads("local memory")),
+            Space::Shared if !many => return rule(Rule::OneThread("shared memory")),
+            Space::Global(_) | Space::Local | Space::Shared => {}
+        }
+    }
+    let bytes = kernel.shared_bytes();
+    if bytes > MAX_SHARED_BYTES { rule(Rule::SharedBytes(bytes)) } else { Ok(()) }
+}
+
 fn check_buffer(kernel: &Kernel, buffer: &Buffer) -> Checked<()> {
     if matches!(buffer.dtype, DType::Block(_) | DType::F64) {
         return rule(Rule::BufferDType(buffer.dtype));
@@ -290,7 +344,9 @@ fn check_buffer(kernel: &Kernel, buffer: &Buffer) -> Checked<()> {
         let known = dim.coef.iter().skip(kernel.symbols.0.len()).all(|&c| c == 0);
         match extent_range(kernel, dim) {
             _ if !known => return rule(Rule::Dangling),
-            _ if buffer.space == Space::Local && dim.constant().is_none() => return rule(Rule::LocalExtent),
+            _ if matches!(buffer.space, Space::Local | Space::Shared) && dim.constant().is_none() => {
+                return rule(Rule::LocalExtent);
+            }
             Some((least, most)) if least >= 0 => axes.push((stride, axis, most)),
             _ => return rule(Rule::Extent(kernel.symbols.show(dim))),
         }
@@ -350,7 +406,14 @@ fn numbering(kernel: &Kernel) -> Checked<()> {
                     walk(then, vars, regs, depth + 1)?;
                     walk(otherwise, vars, regs, depth + 1)?;
                 }
-                Stmt::Set { .. } | Stmt::Store { .. } | Stmt::Prefetch { .. } | Stmt::Barrier => {}
+                Stmt::Set { .. }
+                | Stmt::Store { .. }
+                | Stmt::Prefetch { .. }
+                | Stmt::Barrier
+                | Stmt::Sync
+                | Stmt::Copy { .. }
+                | Stmt::Commit
+                | Stmt::Wait(_) => {}
             }
         }
         Ok(())
@@ -419,7 +482,11 @@ impl Ctx<'_> {
                 | Stmt::Set { .. }
                 | Stmt::Store { .. }
                 | Stmt::Prefetch { .. }
-                | Stmt::Barrier => {}
+                | Stmt::Barrier
+                | Stmt::Sync
+                | Stmt::Copy { .. }
+                | Stmt::Commit
+                | Stmt::Wait(_) => {}
             }
         }
         for stmt in stmts {
@@ -483,7 +550,7 @@ impl Ctx<'_> {
                 match target.space {
                     Space::Global(Access::Read) => return rule(Rule::ReadOnly(target.name.clone())),
                     Space::Global(_) if !self.in_parallel => return rule(Rule::StoreOutside),
-                    Space::Global(_) | Space::Local => {}
+                    Space::Global(_) | Space::Local | Space::Shared => {}
                 }
             }
             Stmt::Prefetch { buffer, index } => {
@@ -507,9 +574,35 @@ impl Ctx<'_> {
                 self.outermost()?;
             }
             Stmt::If { cond, .. } => same("the condition", self.whole(cond)?, Type::Flag)?,
+            Stmt::Barrier if self.kernel.threads > 1 => {
+                return rule(Rule::ManyThreads("barrier of all workers"));
+            }
             Stmt::Barrier => self.outermost()?,
+            Stmt::Sync => self.many("`sync`")?,
+            Stmt::Commit | Stmt::Wait(_) => self.many("`copy`")?,
+            Stmt::Copy { to, at, from, index, lanes, count } => {
+                self.many("`copy`")?;
+                let target = self.element(*to, at, *lanes)?;
+                in_shared(target)?;
+                let dtype = target.dtype;
+                // Where nothing is read, the index may be anywhere.
+                let source = self.indices(*from, index)?;
+                if !matches!(source.space, Space::Global(_)) {
+                    return rule(Rule::Space { name: source.name.clone(), expected: "global" });
+                }
+                let ty = |dtype| Type::Vector { dtype, lanes: *lanes };
+                same("the source", ty(source.dtype), ty(dtype))?;
+                if dtype.bytes(usize::from(*lanes)) != 16 {
+                    return operand("copy", ty(dtype));
+                }
+                same("the count", self.whole(count)?, Type::Index)?;
+            }
         }
         Ok(())
+    }
+
+    fn many(&self, what: &'static str) -> Checked<()> {
+        if self.kernel.threads > 1 { Ok(()) } else { rule(Rule::OneThread(what)) }
     }
 
     fn outermost(&self) -> Checked<()> {
@@ -528,6 +621,10 @@ impl Ctx<'_> {
             Expr::Int(_) => Type::Index,
             Expr::Sym(sym) if (sym.0 as usize) < self.kernel.symbols.0.len() => Type::Index,
             Expr::Sym(_) => return rule(Rule::Dangling),
+            Expr::Thread => {
+                self.many("`thread`")?;
+                Type::Index
+            }
             Expr::Var(var) => match self.vars.get(var.0 as usize) {
                 Some(Some(_)) => self.kernel[*var].ty,
                 Some(None) => return rule(Rule::Scope(self.kernel[*var].name.clone())),
@@ -598,6 +695,18 @@ impl Ctx<'_> {
                 }
                 found => return operand("lanes", found),
             },
+            Expr::Join(a, b) => match (self.expr(a)?, self.expr(b)?) {
+                (Type::Vector { dtype, lanes }, found @ Type::Vector { lanes: more, .. }) => {
+                    same("the second part", found, Type::Vector { dtype, lanes: more })?;
+                    check_lanes(u32::from(lanes) + u32::from(more))?;
+                    Type::Vector { dtype, lanes: lanes + more }
+                }
+                (found, _) => return operand("join", found),
+            },
+            Expr::Exp2(a) => {
+                self.many("`exp2`")?;
+                self.f32("exp2", a)?
+            }
             Expr::Iota { lanes } => {
                 check_lanes(u32::from(*lanes))?;
                 Type::Vector { dtype: DType::I32, lanes: *lanes }
@@ -635,6 +744,39 @@ impl Ctx<'_> {
                 same("the second factor", self.expr(b)?, pairs)?;
                 ty
             }
+            Expr::Shuffle { value, mask } => {
+                self.many("`shuffle`")?;
+                if !(1..WARP).contains(mask) {
+                    return rule(Rule::Mask(*mask));
+                }
+                match self.expr(value)? {
+                    ty @ Type::Vector { dtype: DType::F32 | DType::I32, .. } => ty,
+                    found => return operand("shuffle", found),
+                }
+            }
+            Expr::Matrix { buffer, index, matrices, trans: _ } => {
+                self.many("`matrix`")?;
+                if !matches!(matrices, 1 | 2 | 4) {
+                    return rule(Rule::Matrices(*matrices));
+                }
+                let found = self.element(*buffer, index, 8)?;
+                in_shared(found)?;
+                let ty = Type::Vector { dtype: found.dtype, lanes: 2 * matrices };
+                if found.dtype.bytes(1) != 2 {
+                    return operand("matrix", ty);
+                }
+                ty
+            }
+            Expr::Mma(acc, a, b) => {
+                self.many("`mma`")?;
+                same("the sums", self.expr(acc)?, Type::f32(4))?;
+                let dtype = match self.expr(a)? {
+                    Type::Vector { dtype: dtype @ (DType::BF16 | DType::F16), lanes: 8 } => dtype,
+                    found => return operand("mma", found),
+                };
+                same("the second factor", self.expr(b)?, Type::Vector { dtype, lanes: 4 })?;
+                Type::f32(4)
+            }
         };
         Ok(ty)
     }
@@ -669,18 +811,7 @@ impl Ctx<'_> {
         match expr {
             Expr::Int(x) => Some(*x),
             Expr::Var(var) => self.vars.get(var.0 as usize)?.as_ref()?.constant,
-            Expr::Arith(op, a, b) => {
-                let (a, b) = (self.constant(a)?, self.constant(b)?);
-                match op {
-                    Arith::Add => a.checked_add(b),
-                    Arith::Sub => a.checked_sub(b),
-                    Arith::Mul => a.checked_mul(b),
-                    Arith::Div => a.checked_div_euclid(b),
-                    Arith::Rem => a.checked_rem_euclid(b),
-                    Arith::Min => Some(a.min(b)),
-                    Arith::Max => Some(a.max(b)),
-                }
-            }
+            Expr::Arith(op, a, b) => op.of_indices(self.constant(a)?, self.constant(b)?),
             _ => None,
         }
     }
@@ -734,7 +865,7 @@ fn measure(expr: &Expr, depth: usize, nodes: &mut usize) -> Checked<()> {
         return rule(Rule::Nodes);
     }
     match expr {
-        Expr::Arith(Arith::Min | Arith::Max, a, b) | Expr::Compare(_, a, b) => {
+        Expr::Arith(Arith::Min | Arith::Max, a, b) | Expr::Compare(_, a, b) | Expr::Join(a, b) => {
             measure(a, depth + 1, nodes)?;
             measure(b, depth + 1, nodes)
         }
@@ -743,7 +874,7 @@ fn measure(expr: &Expr, depth: usize, nodes: &mut usize) -> Checked<()> {
             measure(a, depth + parentheses, nodes)?;
             measure(b, depth + 1, nodes)
         }
-        Expr::Fma(a, b, c) | Expr::Select(a, b, c) | Expr::DotBf16(a, b, c) => {
+        Expr::Fma(a, b, c) | Expr::Select(a, b, c) | Expr::DotBf16(a, b, c) | Expr::Mma(a, b, c) => {
             measure(a, depth + 1, nodes)?;
             measure(b, depth + 1, nodes)?;
             measure(c, depth + 1, nodes)
@@ -753,11 +884,27 @@ fn measure(expr: &Expr, depth: usize, nodes: &mut usize) -> Checked<()> {
         | Expr::Lanes { value: a, .. }
         | Expr::Cast { value: a, .. }
         | Expr::Index(a)
+        | Expr::Exp2(a)
+        | Expr::Shuffle { value: a, .. }
         | Expr::Reduce(_, a) => measure(a, depth + 1, nodes),
-        Expr::Reg { index, .. } | Expr::Load { index, .. } => {
+        Expr::Reg { index, .. } | Expr::Load { index, .. } | Expr::Matrix { index, .. } => {
             index.iter().try_for_each(|i| measure(i, depth + 1, nodes))
         }
-        Expr::Int(_) | Expr::Sym(_) | Expr::Var(_) | Expr::Const { .. } | Expr::Iota { .. } => Ok(()),
+        Expr::Int(_)
+        | Expr::Sym(_)
+        | Expr::Thread
+        | Expr::Var(_)
+        | Expr::Const { .. }
+        | Expr::Iota { .. } => Ok(()),
+    }
+}
+
+fn in_shared(buffer: &Buffer) -> Checked<()> {
+    match buffer.space {
+        Space::Shared => Ok(()),
+        Space::Global(_) | Space::Local => {
+            rule(Rule::Space { name: buffer.name.clone(), expected: "shared" })
+        }
     }
 }
 

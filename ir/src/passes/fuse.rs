@@ -4,7 +4,8 @@
 //!   computed one in a group, the values of a group together, groups in an order in which they can run.
 //! * Never: duplicates a product, or lets a group depend on itself through another.
 //! * Each tensor between two groups has a remark on the group that stores it: why they are not one.
-//! * A product takes first its prologue (the rows of its left operand, as far as nobody else reads them), then what
+//! * A product takes first its prologue (the rows of its left operand, as far as nobody else reads them; on a GPU a product of
+//!   one row only: the others copy their rows to shared memory without touching them), then what
 //!   follows it element by element, as much as its family can store; products of one left operand share a group. What is
 //!   left is row-wise where rows are reduced, else element-wise. Each group that stops early says why in a remark.
 //! * Cost: O(values * group) in the worst case. Tests: `tests/ir/fuse/`.
@@ -12,6 +13,7 @@
 use crate::families::{GroupView, LowerError, dot, storage};
 use crate::graph::{Family, Graph, Group, GroupId, Value, ValueId};
 use crate::op::Op;
+use crate::target::{Machine, Target};
 use petgraph::algo::toposort;
 use petgraph::graph::DiGraph;
 use std::collections::BTreeMap;
@@ -21,11 +23,12 @@ use std::collections::BTreeMap;
 /// # Errors
 ///
 /// Never on a verified graph.
-pub fn fuse(graph: &mut Graph) {
+pub fn fuse(graph: &mut Graph, target: &Target) {
+    let on_gpu = matches!(target.machine, Machine::Gpu(_));
     graph.groups.clear();
     graph.packs.clear();
     graph.ids().for_each(|id| graph[id].group = None);
-    let mut ctx = Ctx { users: graph.users(), graph };
+    let mut ctx = Ctx { users: graph.users(), graph, on_gpu };
     ctx.products();
     ctx.single(Family::Attention, |op| matches!(op, Op::Attention { .. }));
     ctx.single(Family::Sample, |op| matches!(op, Op::Argmax));
@@ -62,6 +65,7 @@ fn is_elementwise(op: &Op) -> bool {
 struct Ctx<'g> {
     graph: &'g mut Graph,
     users: Vec<Vec<ValueId>>,
+    on_gpu: bool,
 }
 
 impl Ctx<'_> {
@@ -103,6 +107,10 @@ impl Ctx<'_> {
             }
         }
         for (left, group) in by_left {
+            let one_row = self.graph[left].ty.shape[0].constant() == Some(1);
+            if self.on_gpu && !one_row {
+                continue;
+            }
             self.absorb_operands(left, group, true);
         }
     }

@@ -1,14 +1,15 @@
 //! Chooses how weights, caches and activations lie in memory.
 //!
 //! * Takes: a fused graph. Gives: the same with a [`Pack`](crate::graph::Pack) for each segment of each product, panels
-//!   for caches that attention reads, and a row pitch for tensors with a row a token.
+//!   for caches that attention reads (on a CPU; a GPU's stay rows), and a row pitch for tensors with a row a token.
 //! * Never: changes a value. A packing depends on shapes and streams alone, so decode and prefill share it.
 //! * Cost: O(values * groups). Tests: `tests/ir/layout/`.
 
 use crate::dtype::DType;
-use crate::families::{GroupView, dot, storage};
+use crate::families::{GroupView, dot, gpu, storage};
 use crate::graph::{Family, Graph, Layout, ValueId};
 use crate::op::Op;
+use crate::target::{Machine, Target};
 
 /// Is this a tensor between kernels with rows for the tokens of a step? What a program gives back lies without gaps.
 fn many_rows(graph: &Graph, id: ValueId) -> bool {
@@ -19,7 +20,8 @@ fn many_rows(graph: &Graph, id: ValueId) -> bool {
 }
 
 /// Chooses layouts.
-pub fn layout(graph: &mut Graph) {
+pub fn layout(graph: &mut Graph, target: &Target) {
+    let on_gpu = matches!(target.machine, Machine::Gpu(_));
     let mut packs = Vec::new();
     let mut layouts = Vec::new();
     for view in GroupView::all(graph) {
@@ -31,8 +33,9 @@ pub fn layout(graph: &mut Graph) {
         match view.family() {
             Family::Dot => {
                 let Ok(group) = dot::analyse(&view) else { continue }; // `lower` says why.
-                packs.extend(dot::packs(&view, &group));
+                packs.extend(if on_gpu { gpu::packs(&view, &group) } else { dot::packs(&view, &group) });
             }
+            Family::Attention if on_gpu => {}
             Family::Attention => {
                 for &id in view.values.iter().filter(|&&id| matches!(graph[id].op, Op::Attention { .. })) {
                     let word = if graph[id].ty.dtype == DType::BF16 { 2 } else { 1 };

@@ -181,13 +181,22 @@ impl<'t> Parser<'t> {
             let n = self.number()?;
             self.tokens(&[",", "k", "="])?;
             let k = self.number()?;
-            self.tokens(&[",", "word", "="])?;
+            self.token(",")?;
+            let lanes = if self.eat("lanes") {
+                self.token("=")?;
+                let lanes = self.number()?;
+                self.token(",")?;
+                lanes
+            } else {
+                Pack::LANES
+            };
+            self.tokens(&["word", "="])?;
             let word = self.number()?;
             self.tokens(&[",", "streams", "=", "["])?;
             let (names, streams) = self.list("]", |parser| parser.stream(n))?.into_iter().unzip();
             self.token("}")?;
             Ok(WeightSource::Pack {
-                pack: Pack { name: buffer.to_string(), dtype, n, k, word, streams },
+                pack: Pack { name: buffer.to_string(), dtype, n, k, lanes, word, streams },
                 names,
             })
         } else {
@@ -597,7 +606,7 @@ mod tests {
         let stream = (any::<usize>(), any::<usize>(), select(vec![0, 1, usize::MAX]));
         let stream =
             stream.prop_map(|(chunk, stride, offset)| Stream { weight: ValueId(0), chunk, stride, offset });
-        let pack = (any::<[usize; 3]>(), prop::collection::vec((any_name(), stream, any::<bool>()), 0..3));
+        let pack = (any::<[usize; 4]>(), prop::collection::vec((any_name(), stream, any::<bool>()), 0..3));
         prop_oneof![
             (any_name(), any::<[usize; 2]>()).prop_map(|(name, [rows, columns])| WeightSource::Tensor {
                 name,
@@ -605,7 +614,7 @@ mod tests {
                 columns
             }),
             prop::collection::vec(any_float(), 0..4).prop_map(|data| WeightSource::Constant { data }),
-            pack.prop_map(|([n, k, word], parts)| {
+            pack.prop_map(|([n, k, lanes, word], parts)| {
                 let whole = |(name, mut stream, whole): (String, Stream, bool)| {
                     if whole {
                         (stream.chunk, stream.stride) = (n, n);
@@ -613,7 +622,7 @@ mod tests {
                     (name, stream)
                 };
                 let (names, streams) = parts.into_iter().map(whole).unzip();
-                let pack = Pack { name: String::new(), dtype: DType::F32, n, k, word, streams };
+                let pack = Pack { name: String::new(), dtype: DType::F32, n, k, lanes, word, streams };
                 WeightSource::Pack { pack, names }
             }),
         ]

@@ -73,8 +73,9 @@ fn print_source(f: &mut Formatter<'_>, source: &WeightSource) -> fmt::Result {
             writeln!(f, "tensor {}[{rows}, {columns}]", Quoted(name))
         }
         WeightSource::Pack { pack, names } => {
-            let Pack { name: _, dtype: _, n, k, word, streams } = pack;
-            write!(f, "pack {{n = {n}, k = {k}, word = {word}, streams = [")?;
+            let Pack { name: _, dtype: _, n, k, lanes, word, streams } = pack;
+            let lanes = if *lanes == Pack::LANES { String::new() } else { format!("lanes = {lanes}, ") };
+            write!(f, "pack {{n = {n}, k = {k}, {lanes}word = {word}, streams = [")?;
             for (number, (stream, name)) in streams.iter().zip(names).enumerate() {
                 let Stream { weight: _, chunk, stride, offset } = stream;
                 write!(f, "{}{}[", if number == 0 { "" } else { ", " }, Quoted(name))?;

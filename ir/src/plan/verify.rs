@@ -224,18 +224,15 @@ fn source_bytes(buffer: &PlanBuffer, source: &WeightSource) -> Result<Option<usi
             Ok(rows.checked_mul(*columns).and_then(|elems| bytes_of(dtype, elems)))
         }
         WeightSource::Pack { pack, names } => {
-            let Pack { name, dtype: packed, n, k, word, streams } = pack;
+            let Pack { name, dtype: packed, n, k, lanes, word, streams } = pack;
             if name != &buffer.name || *packed != dtype {
                 return fault("the pack has another name or dtype than its buffer");
             }
             if matches!(dtype, DType::Block(_)) {
                 return fault("blocks cannot be packed element by element");
             }
-            if *n == 0 || *k == 0 || streams.is_empty() {
+            if *n == 0 || *k == 0 || *lanes == 0 || *word == 0 || streams.is_empty() {
                 return fault("the pack is empty");
-            }
-            if *word != 1 && *word != 2 {
-                return fault("a word has 1 or 2 elements");
             }
             if streams.len() != names.len() {
                 return fault("streams and their tensors differ in number");
@@ -253,7 +250,7 @@ fn source_bytes(buffer: &PlanBuffer, source: &WeightSource) -> Result<Option<usi
                 }
             }
             // The product of `Pack::elems`.
-            let factors = [streams.len(), k.div_ceil(*word), Pack::LANES, *word];
+            let factors = [streams.len(), k.div_ceil(*word), *lanes, *word];
             let elems = factors.iter().try_fold(pack.panels(), |elems, &factor| elems.checked_mul(factor));
             Ok(elems.and_then(|elems| bytes_of(dtype, elems)))
         }
@@ -514,7 +511,7 @@ mod tests {
             ("[2, 64]", "[4, 33]", "weight `two words`: a row is not made of whole blocks"),
             ("{n = 20,", "{n = 0,", "weight `l0.qkv.0`: the pack is empty"),
             ("{n = 20,", &format!("{{n = {huge},"), "buffer `l0.qkv.0`: the size overflows"),
-            ("word = 2, streams = [\"q\"", "word = 3, streams = [\"q\"", "weight `l0.qkv.0`: a word has 1 or 2 elements"),
+            ("word = 2, streams = [\"q\"", "word = 0, streams = [\"q\"", "weight `l0.qkv.0`: the pack is empty"),
             ("[\"model.embed_tokens.weight\"[n]]", "[]", "weight `head.0`: the pack is empty"),
             ("n / 4 * 8 + n % 4]", "n / 0 * 8 + n % 0]", "weight `l0.qkv.0`: a stream's chunk is empty"),
             ("* 8 + n % 4 + 4", &format!("* {huge} + n % 4 + 4"), "buffer `l0.qkv.0`: the size overflows"),

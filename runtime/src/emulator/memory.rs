@@ -138,6 +138,16 @@ impl Memory {
         address
     }
 
+    /// Takes an allocation away.
+    ///
+    /// # Panics
+    ///
+    /// If none begins there.
+    pub fn release(&mut self, address: u64) {
+        let index = self.allocations.iter().position(|a| a.address == address);
+        self.allocations.remove(index.expect("an allocation begins there"));
+    }
+
     /// Writes from the host; the bytes count as written.
     ///
     /// # Panics

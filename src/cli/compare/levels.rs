@@ -64,8 +64,7 @@ impl Levels<'_> {
         let choices = ready.model_choices()?;
         let dtype = self.dtype();
         let request = Request { config, dtype, context: ready.manifest.context, measured: choices.as_ref() };
-        let target = runtime::cpu::choose(ready.artifact.file(), &ready.manifest)?;
-        let lowered = llamac::compile::lower(&request, &target.name, true)?.lowered;
+        let lowered = llamac::compile::lower(&request, &ready.target.name, true)?.lowered;
         let mut program = options.device()?.load_tapped(&ready.artifact)?;
         let mut weights = self.interpreted(Rounding::Stored)?;
         let tokens = self.tokens(self.reference);
@@ -103,8 +102,7 @@ impl Levels<'_> {
     /// Judges each layer, on the longest prompt; or the hidden states that a reference has.
     fn layers(self, found: &mut Found) -> Result<(), CliError> {
         let Levels { options, ready, config, .. } = self;
-        let target = runtime::cpu::choose(ready.artifact.file(), &ready.manifest)?;
-        let graphs = stored::fused(&ready.artifact, target, &ready.plan).map_err(LayersError::from)?;
+        let graphs = stored::fused(&ready.artifact, &ready.target, &ready.plan).map_err(LayersError::from)?;
         let mut program = options.device()?.load_tapped(&ready.artifact)?;
         let mut weights = self.interpreted(Rounding::Stored)?;
         let mut layers = Layers::default();

@@ -11,8 +11,8 @@ use llamac::compare::trace::part::{Oracle, Parted, Parting, part};
 use llamac::compare::trace::{SAMPLES, Trace, TraceError, text};
 use llamac::judge::StoredBound;
 use runtime::artifact::Artifact;
-use runtime::cpu::{choose, read_plan};
-use runtime::device::{Device, DeviceError, Want};
+use runtime::cpu::read_plan;
+use runtime::device::{DeviceError, Want};
 use runtime::interpreter::InterpretedProgram;
 use runtime::manifest::Manifest;
 use runtime::whole_file;
@@ -28,7 +28,7 @@ pub fn record(
     tokens: &[i32],
     screen: &Screen,
 ) -> Result<(), CliError> {
-    let trace = run(&mut *options.device()?, &ready.artifact, tokens, SAMPLES)?;
+    let trace = run(options, &ready.artifact, tokens, SAMPLES)?;
     let text = trace.to_string();
     whole_file::write(file, text.len() as u64, |path| fs::write(path, &text))?;
     let (launches, values) = (trace.launches(), trace.values());
@@ -53,7 +53,7 @@ pub fn read(file: &Path) -> Result<Trace, CliError> {
 
 /// Judges this machine's run by a trace.
 pub fn against(options: &Options, trace: &Trace, ready: &Ready, found: &mut Found) -> Result<(), CliError> {
-    let ours = run(&mut *options.device()?, &ready.artifact, &trace.tokens, usize::MAX)?;
+    let ours = run(options, &ready.artifact, &trace.tokens, usize::MAX)?;
     if ours.dtype != trace.dtype {
         let (what, [a, b]) = ("dtypes", [ours.dtype, trace.dtype].map(|dtype| dtype.to_string()));
         return Err(TraceError::Apart { what, a, b }.into());
@@ -88,7 +88,7 @@ pub fn bisect(
         Ok((artifact, manifest))
     };
     let shows = |(artifact, manifest): (&Artifact, &Manifest)| -> Result<bool, CliError> {
-        let target = choose(artifact.file(), manifest)?;
+        let target = options.device.machine().choose(artifact.file(), manifest)?;
         Ok(manifest.taps && artifact.section(&target.fused_section()).is_some())
     };
     let ((a, of_a), (b, of_b)) = (open(a)?, open(b)?);
@@ -100,8 +100,8 @@ pub fn bisect(
     let tokens = options.tokens(None, vocab(&of_a) as usize, of_a.context.min(of_b.context));
     let tapped = shows((&a, &of_a))? && shows((&b, &of_b))?;
     let trace = |artifact: &Artifact| match tapped {
-        true => run(&mut *options.device()?, artifact, &tokens, usize::MAX),
-        false => logits(&mut *options.device()?, artifact, &tokens),
+        true => run(options, artifact, &tokens, usize::MAX),
+        false => logits(options, artifact, &tokens),
     };
     let [trace_a, trace_b] = [trace(&a)?, trace(&b)?];
     if !tapped {
@@ -158,23 +158,18 @@ fn told(trace: &Trace) -> String {
     format!("{model}, {dtype}, {target} by {arithmetic}, llamac {compiler}")
 }
 
-fn run(
-    device: &mut dyn Device,
-    artifact: &Artifact,
-    tokens: &[i32],
-    samples: usize,
-) -> Result<Trace, CliError> {
+fn run(options: &Options, artifact: &Artifact, tokens: &[i32], samples: usize) -> Result<Trace, CliError> {
     let manifest: Manifest = artifact.manifest()?;
-    let target = choose(artifact.file(), &manifest)?;
-    let mut program = device.load_tapped(artifact)?;
+    let target = options.device.machine().choose(artifact.file(), &manifest)?;
+    let mut program = options.device()?.load_tapped(artifact)?;
     let graphs = stored::fused(artifact, target, program.plan()).map_err(TraceError::from)?;
     Ok(Trace::record(&mut *program, (&manifest, target), &graphs, tokens, samples)?)
 }
 
-fn logits(device: &mut dyn Device, artifact: &Artifact, tokens: &[i32]) -> Result<Trace, CliError> {
+fn logits(options: &Options, artifact: &Artifact, tokens: &[i32]) -> Result<Trace, CliError> {
     let manifest: Manifest = artifact.manifest()?;
-    let target = choose(artifact.file(), &manifest)?;
+    let target = options.device.machine().choose(artifact.file(), &manifest)?;
     let plan = read_plan(artifact, target)?;
-    let mut program = device.load(artifact)?;
+    let mut program = options.device()?.load(artifact)?;
     Ok(Trace::record_logits(&mut *program, (&manifest, target), &plan, tokens, usize::MAX)?)
 }

@@ -5,6 +5,8 @@ use crate::check::device::{Device, decode, encode};
 use crate::check::{Subject, Tensors, results};
 use crate::compare::{Fault, Seen, layer_of, ops};
 use crate::judge::{Expected, Shares};
+use codegen::Backend;
+use codegen::backend::names;
 use ir::DType;
 use ir::dim::MAX_SYMBOLS;
 use ir::families::GroupView;
@@ -100,8 +102,8 @@ impl KernelCase {
         named: &BTreeMap<String, i64>,
         kernel_digest: String,
     ) -> Result<KernelCase, ReproducerError> {
-        if !codegen::cpu::LEVELS.iter().any(|level| level.0 == target) {
-            let known = codegen::cpu::LEVELS.map(|level| level.0).join(", ");
+        if !names().iter().any(|known| known.0 == target) {
+            let known = names().iter().map(|known| known.0).collect::<Vec<_>>().join(", ");
             return Err(reader.content("case.json", "target", target, known));
         }
         let text = reader.string("graph.ir")?;
@@ -156,16 +158,20 @@ impl KernelCase {
 
     /// Lowers the group anew and runs that, or the kernel of `kernel.ir` where somebody edited it.
     pub(super) fn replay(&self, place: Where) -> Result<Replay, ReproducerError> {
-        let level = codegen::cpu::level(&self.target)?;
+        let backend = Backend::of(&self.target)?;
         let features = runtime::cpu::features();
-        let lacks: Vec<&String> =
-            level.requires.iter().filter(|feature| !features.contains(&feature.as_str())).collect();
-        if let (Where::Cpu, Some(needs)) = (place, lacks.first()) {
+        let requires = match &backend {
+            Backend::Cpu(level) => level.requires.clone(),
+            // The emulator has it.
+            Backend::Cuda(_) => Vec::new(),
+        };
+        let lacks = requires.iter().find(|feature| !features.contains(&feature.as_str()));
+        if let (Where::Cpu, Some(needs)) = (place, lacks) {
             return Err(ReproducerError::Machine { target: self.target.clone(), needs: needs.to_string() });
         }
         let (mut subject, group) = (Subject { graph: self.graph.clone() }, GroupId(0));
         let schedule = self.graph.groups[0].schedule.clone().unwrap_or_default();
-        let mut lowered = subject.lower(group, &schedule, &level.target)?;
+        let mut lowered = subject.lower(group, &schedule, &backend.target())?;
         lowered.kernel.name.clone_from(&self.kernel.name);
         let text = self.kernel.to_string();
         let ran = match (digest(&text) == self.kernel_digest, lowered.kernel.to_string() == text) {
@@ -187,7 +193,7 @@ impl KernelCase {
         // First: it refuses indices outside of their tables, which code would follow.
         let expected = subject.expected(group, &self.symbols, &tensors)?;
         let mut device = match place {
-            Where::Cpu => Device::cpu(&level, std::slice::from_ref(&lowered.kernel))?,
+            Where::Cpu => Device::of(&backend, std::slice::from_ref(&lowered.kernel))?,
             Where::Interpreter => Device::Interpreter,
         };
         let bound = (&self.symbols, &tensors);

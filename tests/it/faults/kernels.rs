@@ -272,7 +272,11 @@ fn each_block(block: &mut Vec<Stmt>, see: &mut dyn FnMut(&mut Vec<Stmt>)) {
             | Stmt::Set { .. }
             | Stmt::Store { .. }
             | Stmt::Prefetch { .. }
-            | Stmt::Barrier => {}
+            | Stmt::Barrier
+            | Stmt::Sync
+            | Stmt::Copy { .. }
+            | Stmt::Commit
+            | Stmt::Wait(_) => {}
         }
     }
 }
@@ -294,7 +298,11 @@ fn each_expr(block: &mut Vec<Stmt>, see: &mut dyn FnMut(&mut Expr)) {
                 Stmt::Reg { init: None, .. }
                 | Stmt::Prefetch { .. }
                 | Stmt::Unroll { .. }
-                | Stmt::Barrier => {}
+                | Stmt::Barrier
+                | Stmt::Sync
+                | Stmt::Copy { .. }
+                | Stmt::Commit
+                | Stmt::Wait(_) => {}
             }
         }
     });
@@ -303,8 +311,10 @@ fn each_expr(block: &mut Vec<Stmt>, see: &mut dyn FnMut(&mut Expr)) {
 fn within(expr: &mut Expr, see: &mut dyn FnMut(&mut Expr)) {
     // Operands first: a change is not looked at again.
     match expr {
-        Expr::Arith(_, a, b) | Expr::Compare(_, a, b) => [a, b].into_iter().for_each(|e| within(e, see)),
-        Expr::Fma(a, b, c) | Expr::Select(a, b, c) | Expr::DotBf16(a, b, c) => {
+        Expr::Arith(_, a, b) | Expr::Compare(_, a, b) | Expr::Join(a, b) => {
+            [a, b].into_iter().for_each(|e| within(e, see))
+        }
+        Expr::Fma(a, b, c) | Expr::Select(a, b, c) | Expr::DotBf16(a, b, c) | Expr::Mma(a, b, c) => {
             [a, b, c].into_iter().for_each(|e| within(e, see));
         }
         Expr::Unary(_, a)
@@ -312,10 +322,15 @@ fn within(expr: &mut Expr, see: &mut dyn FnMut(&mut Expr)) {
         | Expr::Lanes { value: a, .. }
         | Expr::Cast { value: a, .. }
         | Expr::Index(a)
+        | Expr::Exp2(a)
+        | Expr::Shuffle { value: a, .. }
         | Expr::Reduce(_, a) => within(a, see),
-        Expr::Load { index, .. } => index.iter_mut().for_each(|e| within(e, see)),
+        Expr::Load { index, .. } | Expr::Matrix { index, .. } => {
+            index.iter_mut().for_each(|e| within(e, see))
+        }
         Expr::Int(_)
         | Expr::Sym(_)
+        | Expr::Thread
         | Expr::Var(_)
         | Expr::Const { .. }
         | Expr::Reg { .. }
@@ -430,7 +445,7 @@ pub fn kernels() -> Checked<()> {
     if Fault::ALL.iter().all(|&fault| count(fault, Fate::Statistical) == 0) {
         return Err("no fault needs the statistical bound".into());
     }
-    match levels()?.0.iter().any(|here| here.name == level.name) {
+    match levels()?.0.iter().any(|here| here.name() == level.name) {
         true => native(&level, &sample),
         false => {
             skip("faults in kernels as native code", &format!("this machine does not run {}", level.name));
@@ -472,7 +487,7 @@ fn patients(target: &Target) -> Checked<Vec<Patient>> {
 }
 
 fn of_case(name: &'static str, case: &Case, target: &Target) -> Checked<Vec<Patient>> {
-    let mut subject = Subject::new(case.graph.clone());
+    let mut subject = Subject::new(case.graph.clone(), target);
     // Rows that fill no tile, and slots beside a tile's edge.
     let (tokens, past) = *case.steps.iter().find(|step| step.0 == 5).unwrap_or(&case.steps[0]);
     let mut patients = Vec::new();

@@ -2,7 +2,7 @@
 //! that fill no panel.
 
 use crate::Checked;
-use codegen::cpu::{Form, Level};
+use codegen::Backend;
 use ir::DType;
 use ir::interp::Rounding;
 use ir::plan::Plan;
@@ -41,7 +41,7 @@ pub struct Model {
     pub tensors: Tensors,
     /// Two entry points, `decode` and `logits_all`, that between them have every kind of launch.
     pub lowered: Lowered,
-    level: Level,
+    backend: Backend,
     artifact: Artifact,
     reference: Reference,
     folder: TempDir,
@@ -83,14 +83,14 @@ impl Model {
         let artifact = Artifact::open(&file)?;
         let request = Request { config: &config, dtype, context, measured: None };
         let code = compile::lower(&request, "cpu:native", true)?;
-        let (level, mut lowered) = (code.level, code.lowered);
+        let (backend, mut lowered) = (code.backend, code.lowered);
         let kept = |name: &str| ["decode", "logits_all"].contains(&name);
         lowered.entries.retain(|entry| kept(&entry.graph.name));
         lowered.plan.entries.retain(|entry| kept(&entry.name));
         let mut exact = InterpretedProgram::load(&artifact, Rounding::Exact)?;
         let mut stored = InterpretedProgram::load(&artifact, Rounding::Stored)?;
         let reference = Reference::interpreted(&mut exact, &mut stored, &[9], 4)?;
-        Ok(Model { config, dtype, tensors, lowered, level, artifact, reference, folder })
+        Ok(Model { config, dtype, tensors, lowered, backend, artifact, reference, folder })
     }
 
     /// The weights section, packed from a checkpoint as the plan says.
@@ -111,8 +111,7 @@ impl Model {
 
     /// The artifact with another plan, and the code for it.
     pub fn with_plan(&self, plan: &Plan) -> Checked<Artifact> {
-        let llvm = codegen::lower::module(plan, &self.lowered.kernels, self.level.features, true);
-        let code = codegen::link::link(&codegen::cpu::compile(&llvm, &self.level, Form::Object)?)?;
+        let code = self.backend.code(&self.backend.llvm(plan, &self.lowered.kernels, true)?)?;
         let target = &self.artifact.manifest::<Manifest>()?.targets[0];
         self.with(&[(&target.plan_section(), plan.to_string().as_bytes()), (&target.code_section(), &code)])
     }

@@ -1,0 +1,86 @@
+//! The families on a GPU: the same groups, other generators. A worker is a CTA, and its threads share the work.
+//!
+//! * Rows (`rowwise`, `elementwise`, `gather`) are done by the CPU's generators: a warp takes a row, its threads the vectors.
+//! * [`gemv`] is products of one row, [`gemm`] of more, [`flash`] attention.
+//! * f32 is computed by FMA, never by tensor cores, whose f32 has a roundoff of 2^-11; bf16 by `mma`.
+//!
+//! Weights lie in rows that begin at multiples of 16 bytes, caches as `[heads, slots, head]`.
+
+pub mod flash;
+pub mod gemm;
+pub mod gemv;
+
+use super::access::Lowering;
+use super::{GroupView, LowerError, Lowered, dot, elementwise, rowwise, sample};
+use crate::Dim;
+use crate::dtype::DType;
+use crate::graph::{Family, Pack};
+use crate::target::Gpu;
+
+/// Warps of a CTA whose warps do a row each.
+const ROWS: usize = 4;
+
+/// The legal space of a group, the preferred first.
+///
+/// # Errors
+///
+/// When the family does not cover the group.
+pub fn schedules(view: &GroupView<'_>, gpu: &Gpu) -> Result<Vec<String>, LowerError> {
+    match view.family() {
+        Family::Dot if is_one_row(&dot::analyse(view)?.m) => Ok(gemv::schedules()),
+        Family::Dot => gemm::schedules(view, gpu),
+        Family::Attention => flash::schedules(view, gpu),
+        Family::Rowwise | Family::Elementwise | Family::Gather | Family::Sample => Ok(vec![String::new()]),
+    }
+}
+
+/// The kernel of a group.
+///
+/// # Errors
+///
+/// When the family does not cover the group, or the schedule does not fit it.
+pub fn lower(view: &GroupView<'_>, gpu: &Gpu) -> Result<Lowered, LowerError> {
+    let text = match &view.graph.groups[view.id.0 as usize].schedule {
+        Some(text) => text.clone(),
+        None => schedules(view, gpu)?.swap_remove(0),
+    };
+    let wrong = |what| LowerError::Schedule { group: view.name().to_string(), schedule: text.clone(), what };
+    match view.family() {
+        Family::Dot => {
+            let group = dot::analyse(view)?;
+            match is_one_row(&group.m) {
+                true => gemv::lower(view, &group, gemv::Schedule::parse(&text).map_err(wrong)?),
+                false => gemm::lower(view, &group, gemm::Schedule::parse(&text).map_err(wrong)?),
+            }
+        }
+        Family::Attention => flash::lower(view, flash::Schedule::parse(&text).map_err(wrong)?),
+        Family::Rowwise => rowwise::lower(Lowering::of_warps(view, ROWS)),
+        Family::Elementwise | Family::Gather => elementwise::lower(Lowering::of_warps(view, ROWS)),
+        Family::Sample => sample::lower_threads(view),
+    }
+}
+
+fn is_one_row(rows: &Dim) -> bool {
+    rows.constant() == Some(1)
+}
+
+/// The packings that a group's weights need, one a segment: rows of memory.
+pub fn packs(view: &GroupView<'_>, group: &dot::DotGroup) -> Vec<Pack> {
+    let mut packs = dot::packs(view, group);
+    for pack in &mut packs {
+        (pack.lanes, pack.word) = (1, group.k.next_multiple_of(chunk(group.dtype)));
+    }
+    packs
+}
+
+/// Elements of 16 bytes, which are copied at once.
+fn chunk(dtype: DType) -> usize {
+    16 / dtype.bytes(1)
+}
+
+/// The weights of a segment.
+fn pack_of(l: &Lowering<'_, '_>, segment: usize) -> Result<usize, LowerError> {
+    let name = format!("{}.{segment}", l.view.name());
+    let found = l.view.graph.packs.iter().position(|p| p.name == name && p.lanes == 1 && p.words() == 1);
+    found.ok_or_else(|| l.view.unsupported("weights that do not lie in rows"))
+}

@@ -1,0 +1,285 @@
+//! The PTX emulator as a device: an artifact's GPU code, run warp by warp on the CPU, with every access checked.
+//!
+//! Each launch runs to its end before the next begins. The arena is unwritten when a step begins, and what a kernel shall write
+//! when it begins: reading what nobody wrote is reported, as a race or a missing wait is. A report fails the step.
+
+use crate::artifact::Artifact;
+use crate::cpu::weights_of;
+use crate::device::{self, Device, DeviceError, Program, State, Step, StepOutputs, Tap, Tapped, Want};
+use crate::emulator::{self, Counts, Grid, Memory, Options, Sm, Sums};
+use crate::gpu::{self, GpuCode};
+use crate::manifest::Manifest;
+use crate::ptx::Module;
+use ir::dim::MAX_SYMBOLS;
+use ir::kernel::{Access, Space};
+use ir::plan::{Entry, Launch, Place, Plan};
+use std::borrow::Cow;
+use std::ops::Range;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
+
+/// An emulated GPU.
+#[derive(Clone, Copy, Debug)]
+pub struct PtxEmulator {
+    /// Which.
+    pub sm: Sm,
+    /// Decides the order in which warps, CTAs and asynchronous work go on.
+    pub seed: u64,
+    /// How matrix units add.
+    pub sums: Sums,
+}
+
+impl PtxEmulator {
+    /// As [`Device::load`], for who asks what was counted.
+    ///
+    /// # Errors
+    ///
+    /// As [`Device::load`].
+    pub fn open(&self, artifact: &Artifact) -> Result<EmulatedProgram, DeviceError> {
+        EmulatedProgram::load(artifact, *self)
+    }
+}
+
+impl Device for PtxEmulator {
+    fn load(&mut self, artifact: &Artifact) -> Result<Box<dyn Program>, DeviceError> {
+        Ok(Box::new(self.open(artifact)?))
+    }
+
+    fn load_tapped(&mut self, artifact: &Artifact) -> Result<Box<dyn Tapped>, DeviceError> {
+        Ok(Box::new(self.open(artifact)?))
+    }
+}
+
+/// A loaded artifact on the emulator.
+pub struct EmulatedProgram {
+    device: PtxEmulator,
+    file: PathBuf,
+    context: usize,
+    code: GpuCode,
+    /// Of each kernel of the plan.
+    kernels: Vec<emulator::Program>,
+    memory: Arc<Mutex<Memory>>,
+    /// Of each buffer of the plan; 0 for states, which are a [`State`]'s own.
+    addresses: Vec<u64>,
+    arena: Range<u64>,
+    counts: Counts,
+}
+
+/// The caches of a conversation, in the device's memory.
+struct Caches {
+    memory: Arc<Mutex<Memory>>,
+    /// Of each buffer of the plan that is a state.
+    addresses: Vec<(usize, u64)>,
+}
+
+impl Drop for Caches {
+    fn drop(&mut self) {
+        let mut memory = locked(&self.memory);
+        self.addresses.iter().for_each(|&(_, address)| memory.release(address));
+    }
+}
+
+fn locked(memory: &Mutex<Memory>) -> MutexGuard<'_, Memory> {
+    memory.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl EmulatedProgram {
+    fn load(artifact: &Artifact, device: PtxEmulator) -> Result<EmulatedProgram, DeviceError> {
+        let manifest: Manifest = artifact.manifest()?;
+        let target = gpu::choose(artifact.file(), &manifest, device.sm.capability())?;
+        let code = GpuCode::read(artifact, target)?;
+        let failed = |kernel: &str, said: String| DeviceError::Launch { kernel: kernel.to_string(), said };
+        let module = Module::parse(&code.ptx).map_err(|e| failed(&target.code_section(), e.to_string()))?;
+        let mut kernels = Vec::new();
+        for kernel in &code.kernels {
+            let ptx = module.kernel(&gpu::symbol(&kernel.name));
+            let ptx = ptx.ok_or_else(|| failed(&kernel.name, "its PTX is not in the module".to_string()))?;
+            kernels.push(emulator::Program::new(ptx));
+            let (needs, has) = (kernel.shared_bytes(), i64::from(device.sm.shared_bytes()));
+            if needs > has {
+                let said = format!("it needs {needs} bytes of shared memory, the GPU has {has}");
+                return Err(failed(&kernel.name, said));
+            }
+        }
+        let weights = weights_of(artifact, target, &code.plan)?;
+        let mut memory = Memory::new();
+        let arena = memory.allocate("arena", code.plan.arena_bytes);
+        let weights = weights.map(|(bytes, range)| {
+            // The section's end may be padded; buffers lie in what the plan counts.
+            memory.borrow("weights", bytes, range)
+        });
+        let address = |buffer: &ir::plan::PlanBuffer| match buffer.place {
+            Place::Weight { offset, .. } => weights.map_or(0, |address| address + offset as u64),
+            Place::Arena { offset } => arena + offset as u64,
+            Place::Input => memory.allocate(&buffer.name, buffer.bytes),
+            Place::State => 0,
+        };
+        let addresses = code.plan.buffers.iter().map(address).collect();
+        Ok(EmulatedProgram {
+            device,
+            file: artifact.file().to_path_buf(),
+            context: manifest.context,
+            arena: arena..arena + code.plan.arena_bytes as u64,
+            code,
+            kernels,
+            memory: Arc::new(Mutex::new(memory)),
+            addresses,
+            counts: Counts::default(),
+        })
+    }
+
+    /// What all launches so far did.
+    pub fn counts(&self) -> &Counts {
+        &self.counts
+    }
+
+    fn step(
+        &mut self,
+        step: &Step<'_>,
+        state: &mut State,
+        after: &mut dyn FnMut(Tap<'_>),
+    ) -> Result<StepOutputs, DeviceError> {
+        let (number, symbols) = step.entry(self, &self.code.plan, state)?;
+        let past = state.past();
+        let caches = state.inner_mut::<Caches>()?;
+        if !Arc::ptr_eq(&caches.memory, &self.memory) {
+            return Err(DeviceError::ForeignState);
+        }
+        let mut addresses = self.addresses.clone();
+        caches.addresses.iter().for_each(|&(buffer, address)| addresses[buffer] = address);
+        let memory = self.memory.clone();
+        let mut memory = locked(&memory);
+        memory.forget(self.arena.start, (self.arena.end - self.arena.start) as usize);
+        let Entry { tokens, positions, .. } = self.code.plan.entries[number];
+        let bytes = |values: &mut dyn Iterator<Item = i32>| -> Vec<u8> {
+            values.flat_map(|value| value.to_le_bytes()).collect()
+        };
+        memory.write(addresses[tokens], &bytes(&mut step.tokens.iter().copied()));
+        let at = past..past + step.tokens.len();
+        memory.write(addresses[positions], &bytes(&mut at.map(|p| p as i32)));
+        let origin = Instant::now();
+        for launch in 0..self.code.plan.entries[number].launches.len() {
+            let begin = origin.elapsed().as_secs_f64();
+            let counts = self.launch(number, launch, &addresses, &symbols, &mut memory)?;
+            self.counts += counts;
+            let workers = [begin..origin.elapsed().as_secs_f64()];
+            let entry = &self.code.plan.entries[number];
+            let seen = &Seen { plan: &self.code.plan, memory: &memory, addresses: &addresses };
+            after(Tap { entry, launch, workers: &workers, memory: seen });
+        }
+        state.advance(step.tokens.len());
+        let Entry { logits, token, .. } = self.code.plan.entries[number];
+        let rows = match step.want {
+            Want::Nothing | Want::Token => 0,
+            Want::Logits => 1,
+            Want::AllLogits => step.tokens.len(),
+        };
+        let words = |buffer: usize, count: usize| -> Vec<[u8; 4]> {
+            let bytes = memory.read(addresses[buffer], 4 * count);
+            bytes.chunks_exact(4).map(|b| [b[0], b[1], b[2], b[3]]).collect()
+        };
+        let logits = logits.map_or(Vec::new(), |buffer| words(buffer, rows * self.code.plan.vocab));
+        let token = token.filter(|_| step.want == Want::Token).map(|buffer| words(buffer, 1)[0]);
+        Ok(StepOutputs {
+            token: token.map(i32::from_le_bytes),
+            logits: logits.into_iter().map(f32::from_le_bytes).collect(),
+        })
+    }
+
+    fn launch(
+        &self,
+        entry: usize,
+        number: usize,
+        addresses: &[u64],
+        symbols: &[i64; MAX_SYMBOLS],
+        memory: &mut Memory,
+    ) -> Result<Counts, DeviceError> {
+        let launch: &Launch = &self.code.plan.entries[entry].launches[number];
+        let kernel = &self.code.kernels[launch.kernel];
+        for ((_, param), &arg) in kernel.params().zip(&launch.args) {
+            if param.space == Space::Global(Access::Write) {
+                memory.forget(addresses[arg], self.code.plan.buffers[arg].bytes);
+            }
+        }
+        let grid = Grid {
+            ctas: [kernel.turns(symbols).min(i64::from(MOST_CTAS)) as u32, 1, 1],
+            threads: [kernel.threads.into(), 1, 1],
+            cluster: 1,
+            dynamic_shared: kernel.shared_bytes() as u32,
+        };
+        let params = self.code.params(launch, addresses, symbols);
+        let options = Options { sm: self.device.sm, seed: self.device.seed, sums: self.device.sums };
+        self.kernels[launch.kernel]
+            .launch(&grid, &params, memory, &options)
+            .map_err(|report| DeviceError::Launch { kernel: kernel.name.clone(), said: report.to_string() })
+    }
+}
+
+/// CTAs of a launch at most: further turns are taken by those that are done.
+const MOST_CTAS: u32 = 64;
+
+/// Memory between two launches.
+struct Seen<'a> {
+    plan: &'a Plan,
+    memory: &'a Memory,
+    addresses: &'a [u64],
+}
+
+impl device::Memory for Seen<'_> {
+    fn bytes(&self, buffer: usize) -> Cow<'_, [u8]> {
+        Cow::Borrowed(self.memory.read(self.addresses[buffer], self.plan.buffers[buffer].bytes))
+    }
+}
+
+impl Program for EmulatedProgram {
+    fn vocab(&self) -> usize {
+        self.code.plan.vocab
+    }
+
+    fn context(&self) -> usize {
+        self.context
+    }
+
+    fn max_tokens(&self, want: Want) -> usize {
+        self.code.plan.max_tokens(want.give())
+    }
+
+    fn state(&self) -> Result<State, DeviceError> {
+        let mut memory = locked(&self.memory);
+        let mut addresses = Vec::new();
+        for (number, buffer) in self.code.plan.buffers.iter().enumerate() {
+            if buffer.place == Place::State {
+                let address = memory.allocate(&buffer.name, buffer.bytes);
+                memory.write(address, &vec![0; buffer.bytes]);
+                addresses.push((number, address));
+            }
+        }
+        Ok(State::new(Caches { memory: self.memory.clone(), addresses }))
+    }
+
+    fn run(&mut self, step: &Step<'_>, state: &mut State) -> Result<StepOutputs, DeviceError> {
+        self.step(step, state, &mut |_| ())
+    }
+}
+
+impl Tapped for EmulatedProgram {
+    fn plan(&self) -> &Plan {
+        &self.code.plan
+    }
+
+    fn run_tapped(
+        &mut self,
+        step: &Step<'_>,
+        state: &mut State,
+        after: &mut dyn FnMut(Tap<'_>),
+    ) -> Result<StepOutputs, DeviceError> {
+        self.step(step, state, after)
+    }
+}
+
+impl std::fmt::Debug for EmulatedProgram {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("EmulatedProgram").field("file", &self.file).finish_non_exhaustive()
+    }
+}
