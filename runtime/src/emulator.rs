@@ -1,8 +1,8 @@
 //! Runs PTX kernels on the CPU, and says what is wrong with them.
 //!
 //! A kernel's results are one thing to judge it by; here a kernel is also judged by what no result shows: an access outside
-//! an allocation, bytes or registers that nobody wrote, lanes missing at an instruction that needs them all, a barrier
-//! that never opens. Such a thing ends the launch with a [`Report`].
+//! an allocation, bytes or registers that nobody wrote, lanes missing at an instruction that needs them all, two
+//! accesses that nothing orders, a barrier that never opens. Such a thing ends the launch with a [`Report`].
 //!
 //! * Takes: a kernel as [`crate::ptx`] reads it, its parameter buffer, a [`Memory`].
 //! * Gives: the memory as the kernel leaves it, and [`Counts`]; or the first thing that is wrong.
@@ -10,8 +10,8 @@
 //! * Meaning: the *PTX ISA*. Where that leaves something open, the file that decides says so.
 //!
 //! In reading order: this file (what a caller sees), `program` (a kernel made ready), `flow` (where lanes meet again),
-//! `memory`, `arithmetic`, `float`, `matrix` (what instructions compute), `access` (loads and stores), `warp` (a warp and
-//! its instructions), `grid` (CTAs, barriers, the schedule).
+//! `memory`, `arithmetic`, `float`, `matrix` (what instructions compute), `race` (what orders accesses), `access` (loads and
+//! stores), `warp` (a warp and its instructions), `grid` (CTAs, barriers, the schedule).
 
 mod access;
 mod arithmetic;
@@ -22,6 +22,7 @@ mod grid;
 mod matrix;
 mod memory;
 mod program;
+mod race;
 mod warp;
 
 pub use counts::{Class, Counts, KernelCounts};
@@ -220,10 +221,34 @@ pub enum Fault {
         of: String,
     },
     /// A write to memory that was lent to be read.
-    #[error("a write to `{name}`, which may only be read")]
+    #[error("a write to {of}, which may only be read")]
     ReadOnly {
         /// The allocation.
-        name: String,
+        of: String,
+    },
+    /// Two accesses to a byte, one of them a write, that nothing orders.
+    #[error("race: it {} byte {at} of {of}, which {other}", verb(*.wrote))]
+    Race {
+        /// Which byte.
+        at: u64,
+        /// Of what.
+        of: String,
+        /// Does the access write?
+        wrote: bool,
+        /// The one that was there before.
+        other: Box<Party>,
+    },
+    /// `ld.global.nc` of a byte that is written in the same grid.
+    #[error("it {} byte {at} of {of}, which {other} in the same grid; one of the two is `.nc`", verb(*.wrote))]
+    NonCoherent {
+        /// Which byte.
+        at: u64,
+        /// Of what.
+        of: String,
+        /// Does the access write?
+        wrote: bool,
+        /// The one that was there before.
+        other: Box<Party>,
     },
     /// An operand that has no value in that lane.
     #[error("{register} is not defined")]
@@ -294,6 +319,40 @@ pub enum Fault {
         /// What.
         what: &'static str,
     },
+}
+
+/// Who made the other access of two.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Party {
+    /// Line of the PTX text.
+    pub line: u32,
+    /// The CTA.
+    pub cta: [u32; 3],
+    /// The warp in it.
+    pub warp: u32,
+    /// The lane, if it was not the whole warp.
+    pub lane: Option<u32>,
+    /// Did it write?
+    pub wrote: bool,
+    /// Is it an asynchronous copy that nobody has waited for?
+    pub in_flight: bool,
+}
+
+impl fmt::Display for Party {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Party { line, cta: [x, y, z], warp, lane, wrote, in_flight } = self;
+        let verb = match (in_flight, wrote) {
+            (true, _) => "is being copied to",
+            (false, true) => "was written",
+            (false, false) => "was read",
+        };
+        write!(f, "{verb} in line {line} by CTA ({x}, {y}, {z}), warp {warp}")?;
+        lane.map_or(Ok(()), |lane| write!(f, ", lane {lane}"))
+    }
+}
+
+fn verb(wrote: bool) -> &'static str {
+    if wrote { "writes" } else { "reads" }
 }
 
 /// A warp that waits.

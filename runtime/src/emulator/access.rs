@@ -1,10 +1,13 @@
-//! Loads and stores of a warp: addresses, bounds, alignment, and what was written before it is read.
+//! Loads and stores of a warp: addresses, bounds, alignment, what was written before it is read, and by whom.
 
-use super::Fault;
 use super::arithmetic::{LANES, Wide};
 use super::counts::KernelCounts;
 use super::memory::{Bytes, Memory};
+use super::program::Program;
+use super::race::{Cell, Conflict, How, Knowledge, Shadow, WHOLE};
+use super::{Fault, Party};
 use crate::ptx::Space;
+use std::ops::Range;
 
 /// Where shared memory lies among generic addresses.
 pub const SHARED_WINDOW: u64 = 1 << 24;
@@ -40,9 +43,25 @@ pub fn of_warp(fault: Fault) -> Box<Found> {
 /// All that the instructions of a CTA can reach.
 pub struct Reach<'a> {
     pub memory: &'a mut Memory,
+    /// Who accessed global memory in this grid, by allocation.
+    pub shadows: &'a mut [Shadow],
     pub shared: &'a mut Bytes,
+    pub shared_shadow: &'a mut Shadow,
     pub params: &'a [u8],
     pub counts: &'a mut KernelCounts,
+    /// To name others in a report: the code, the grid, warps of a CTA.
+    pub program: &'a Program,
+    pub ctas: [u32; 3],
+    pub warps: u32,
+}
+
+/// Bytes that an access found.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Spot {
+    Shared(Range<usize>),
+    /// In the allocation of that number.
+    Global(usize, Range<usize>),
+    Params(Range<usize>),
 }
 
 /// What lanes access together: `bytes` bytes each, at addresses of one space.
@@ -127,97 +146,146 @@ pub fn lanes(mut mask: u32) -> impl Iterator<Item = u32> {
     })
 }
 
-/// Where so many bytes of shared memory are.
-fn in_shared(shared: &Bytes, address: u64, bytes: usize) -> Result<std::ops::Range<usize>, Fault> {
-    let end = address.checked_add(bytes as u64).filter(|&end| end <= shared.len() as u64);
-    match end {
-        Some(end) => Ok(address as usize..end as usize),
-        None => Err(Fault::OutOfBounds {
-            space: Space::Shared,
-            address,
-            bytes: bytes as u32,
-            near: format!("the CTA has {} bytes", shared.len()),
-        }),
-    }
-}
-
 impl Reach<'_> {
-    /// The bytes of a run, all of them written before. `bytes` a lane.
-    pub fn read(&self, space: Space, run: Run, bytes: u32) -> Checked<&[u8]> {
-        let len = (run.lanes * bytes) as usize;
-        let (all, range, index) = match space {
-            Space::Shared => {
-                let range = self.bounded(run, bytes, |address, len| in_shared(self.shared, address, len))?;
-                (&*self.shared, range, None)
-            }
-            Space::Param | Space::Const | Space::Generic => {
-                let start = usize::try_from(run.address).ok();
-                let found = start.and_then(|start| self.params.get(start..start.checked_add(len)?));
-                return found.ok_or_else(|| {
-                    let near = format!("there are {} bytes", self.params.len());
-                    at_lane(run.first, Fault::OutOfBounds { space, address: run.address, bytes, near })
-                });
-            }
-            Space::Global => {
-                let (index, range) =
-                    self.bounded(run, bytes, |address, len| self.memory.locate(address, len))?;
-                (self.memory.bytes(index), range, Some(index))
+    /// Where so many bytes are.
+    fn find(&self, space: Space, address: u64, bytes: usize) -> Result<Spot, Fault> {
+        let of = |len: usize, what: &str| match address.checked_add(bytes as u64) {
+            Some(end) if end <= len as u64 => Ok(address as usize..end as usize),
+            _ => {
+                let near = format!("{what} {len} bytes");
+                Err(Fault::OutOfBounds { space, address, bytes: bytes as u32, near })
             }
         };
-        if let Some(at) = all.first_unwritten(range.clone()) {
-            let lane = run.first + (at - range.start) as u32 / bytes;
-            let of = index.map_or("shared memory".into(), |index| format!("`{}`", self.memory.name(index)));
-            return Err(at_lane(lane, Fault::Unwritten { at: at as u64, of }));
+        match space {
+            Space::Shared => of(self.shared.len(), "the CTA has").map(Spot::Shared),
+            Space::Global => {
+                self.memory.locate(address, bytes).map(|(index, range)| Spot::Global(index, range))
+            }
+            Space::Param | Space::Const | Space::Generic => {
+                of(self.params.len(), "there are").map(Spot::Params)
+            }
         }
-        Ok(&all.all()[range])
     }
 
-    /// Looks a whole run up, and if that fails its lanes, to name the one that is wrong.
-    fn bounded<T>(&self, run: Run, bytes: u32, find: impl Fn(u64, usize) -> Result<T, Fault>) -> Checked<T> {
-        find(run.address, (run.lanes * bytes) as usize).map_err(|whole| {
+    /// Where the bytes of a run are, `bytes` a lane; if they are nowhere, the lane that is wrong.
+    pub fn spot(&self, space: Space, run: Run, bytes: u32) -> Checked<Spot> {
+        self.find(space, run.address, (run.lanes * bytes) as usize).map_err(|whole| {
             let lane = |at: u32| {
-                let fault = find(run.address.wrapping_add(u64::from(at * bytes)), bytes as usize).err()?;
-                Some(at_lane(run.first + at, fault))
+                let address = run.address.wrapping_add(u64::from(at * bytes));
+                Some(at_lane(run.first + at, self.find(space, address, bytes as usize).err()?))
             };
-            // Lanes that are all right by themselves, but not together, cross from one allocation to the next: impossible
-            // with guards between them.
+            // With guards between allocations one lane at least is outside.
             (0..run.lanes).find_map(lane).unwrap_or_else(|| at_lane(run.first, whole))
         })
     }
 
-    /// Writes the bytes of a run.
-    pub fn write(&mut self, space: Space, run: Run, bytes: u32, from: &[u8]) -> Checked<()> {
-        let (to, range) = self.target(space, run, bytes)?;
+    /// Is the access ordered with those before it? It is remembered for those to come.
+    pub fn watch(&mut self, spot: &Spot, run: Run, bytes: u32, how: How, who: &Knowledge) -> Checked<()> {
+        let (shadow, range) = match spot {
+            Spot::Shared(range) => (&mut *self.shared_shadow, range),
+            // What nobody can write needs no watching.
+            Spot::Global(index, range) if !self.memory.bytes(*index).read_only() => {
+                (&mut self.shadows[*index], range)
+            }
+            Spot::Global(..) | Spot::Params(_) => return Ok(()),
+        };
+        let run_bytes = (range.start, range.len());
+        shadow.access(who, how, (run.first, bytes as usize), run_bytes).map_err(|conflict| {
+            let Conflict { at, lane, other, other_wrote, non_coherent } = conflict;
+            let (at, of, wrote, other) =
+                (at as u64, self.name(spot), how.write, Box::new(self.party(other, other_wrote)));
+            let fault = match non_coherent {
+                true => Fault::NonCoherent { at, of, wrote, other },
+                false => Fault::Race { at, of, wrote, other },
+            };
+            at_lane(lane, fault)
+        })
+    }
+
+    /// Who made an access.
+    fn party(&self, cell: Cell, wrote: bool) -> Party {
+        let (number, [x, y, _]) = (cell.agent / self.warps, self.ctas);
+        Party {
+            line: self.program.code[usize::from(cell.pc)].line,
+            cta: [number % x, number / x % y, number / x / y],
+            warp: cell.agent % self.warps,
+            lane: (cell.lane != WHOLE).then_some(u32::from(cell.lane)),
+            wrote,
+            in_flight: cell.in_flight(),
+        }
+    }
+
+    fn name(&self, spot: &Spot) -> String {
+        match spot {
+            Spot::Shared(_) => "shared memory".into(),
+            Spot::Global(index, _) => format!("`{}`", self.memory.name(*index)),
+            Spot::Params(_) => "the parameters".into(),
+        }
+    }
+
+    /// The bytes, all of them written before. They are of lanes from `run.first` on, `bytes` each.
+    pub fn read(&self, spot: &Spot, run: Run, bytes: u32) -> Checked<&[u8]> {
+        let (all, range) = match spot {
+            Spot::Shared(range) => (&*self.shared, range),
+            Spot::Global(index, range) => (self.memory.bytes(*index), range),
+            Spot::Params(range) => return Ok(&self.params[range.clone()]),
+        };
+        match all.first_unwritten(range.clone()) {
+            None => Ok(&all.all()[range.clone()]),
+            Some(at) => {
+                let lane = run.first + (at - range.start) as u32 / bytes;
+                Err(at_lane(lane, Fault::Unwritten { at: at as u64, of: self.name(spot) }))
+            }
+        }
+    }
+
+    /// Writes bytes that a run's lanes have.
+    pub fn write(&mut self, spot: &Spot, run: Run, from: &[u8]) -> Checked<()> {
+        let (to, range) = match spot {
+            Spot::Shared(range) => (&mut *self.shared, range),
+            Spot::Global(index, range) => (self.memory.bytes_mut(*index), range),
+            Spot::Params(_) => {
+                return Err(at_lane(
+                    run.first,
+                    Fault::Unsupported { what: "a write to parameters or constants" },
+                ));
+            }
+        };
+        let Some(all) = to.all_mut() else {
+            return Err(at_lane(run.first, Fault::ReadOnly { of: self.name(spot) }));
+        };
+        all[range.clone()].copy_from_slice(from);
         to.mark(range.clone(), true);
-        to.all_mut().expect("a target can be written")[range].copy_from_slice(from);
         Ok(())
     }
 
-    /// Where a run is written.
-    pub fn target(
+    /// Strong reads take over what was released at their places.
+    pub fn acquire(&mut self, spot: &Spot, run: Run, bytes: u32, who: &mut Knowledge, acquires: bool) {
+        let (shadow, range) = match spot {
+            Spot::Shared(range) => (&mut *self.shared_shadow, range),
+            Spot::Global(index, range) => (&mut self.shadows[*index], range),
+            Spot::Params(_) => return,
+        };
+        let places = range.clone().step_by(bytes as usize);
+        places.zip(run.first..).for_each(|(at, lane)| shadow.acquire(who, lane, at, acquires));
+    }
+
+    /// Strong writes publish what their lanes know; an atomic goes on with what was published before.
+    pub fn release(
         &mut self,
-        space: Space,
+        spot: &Spot,
         run: Run,
         bytes: u32,
-    ) -> Checked<(&mut Bytes, std::ops::Range<usize>)> {
-        match space {
-            Space::Shared => {
-                let range = self.bounded(run, bytes, |address, len| in_shared(self.shared, address, len))?;
-                Ok((self.shared, range))
-            }
-            Space::Global => {
-                let (index, range) =
-                    self.bounded(run, bytes, |address, len| self.memory.locate(address, len))?;
-                if self.memory.bytes_mut(index).all_mut().is_none() {
-                    let name = self.memory.name(index).to_string();
-                    return Err(at_lane(run.first, Fault::ReadOnly { name }));
-                }
-                Ok((self.memory.bytes_mut(index), range))
-            }
-            Space::Param | Space::Const | Space::Generic => {
-                Err(at_lane(run.first, Fault::Unsupported { what: "a write to parameters or constants" }))
-            }
-        }
+        who: &mut Knowledge,
+        (releases, atomic): (bool, bool),
+    ) {
+        let (shadow, range) = match spot {
+            Spot::Shared(range) => (&mut *self.shared_shadow, range),
+            Spot::Global(index, range) => (&mut self.shadows[*index], range),
+            Spot::Params(_) => return,
+        };
+        let places = range.clone().step_by(bytes as usize);
+        places.zip(run.first..).for_each(|(at, lane)| shadow.release(who, lane, at, releases, atomic));
     }
 
     /// Counts an access: its bytes, and the sectors or the passes over the banks that it takes.

@@ -8,6 +8,7 @@ use super::access::{Found, Reach, of_warp};
 use super::counts::{Counts, KernelCounts};
 use super::memory::{Bytes, Memory};
 use super::program::Program;
+use super::race::{Knowledge, Shadow};
 use super::warp::{Arrival, Pause, Place, Warp};
 use super::{Fault, Grid, Options, Report, Waiting};
 use crate::ptx::{Kernel, ReduceOp};
@@ -17,7 +18,7 @@ const BARRIERS: usize = 16;
 /// The most instructions of a turn.
 const LONGEST_TURN: u32 = 64;
 /// Turns without the end of a CTA after which another is let in.
-const PATIENCE: u32 = 4096;
+const PATIENCE: u32 = 512;
 /// Instructions without a write, a barrier or an end after which a kernel waits for ever: some seconds.
 const IDLE_LIMIT: u64 = 1 << 26;
 /// Threads that a CTA may have.
@@ -76,6 +77,7 @@ struct Barrier {
 struct Cta {
     index: [u32; 3],
     shared: Bytes,
+    shadow: Shadow,
     warps: Vec<Warp>,
     states: Vec<State>,
     barriers: [Barrier; BARRIERS],
@@ -88,6 +90,7 @@ impl Cta {
         Cta {
             index: place.cta,
             shared: Bytes::unwritten(place.shared_bytes as usize),
+            shadow: Shadow::shared(warps),
             warps: (0..warps).map(|number| Warp::new(program, place, number)).collect(),
             states: vec![State::Ready; warps as usize],
             barriers: std::array::from_fn(|_| Barrier::default()),
@@ -126,6 +129,13 @@ impl Cta {
             return Ok(false);
         }
         let opened = std::mem::take(barrier);
+        let waits = |warp: usize| {
+            opened.warps.iter().find(|(known, _)| *known as usize == warp).map(|(_, a)| a.waits)
+        };
+        let at_it = self.warps.iter_mut().enumerate();
+        let mut parties: Vec<_> =
+            at_it.filter_map(|(at, warp)| Some((&mut warp.knowledge, waits(at)?))).collect();
+        Knowledge::barrier(&mut parties);
         for &(warp, arrival) in &opened.warps {
             if let Some((op, pred)) = arrival.reduce {
                 let mut votes = opened.warps.iter().map(|&(warp, arrival)| (warp, arrival.votes));
@@ -179,8 +189,13 @@ fn check(kernel: &Kernel, grid: &Grid, params: &[u8], options: &Options) -> Resu
     if grid.cluster != 1 {
         return refuse(Fault::Unsupported { what: "a cluster of more than one CTA" });
     }
-    if product(grid.ctas) > 1 << 31 {
-        return refuse(Fault::TooManyResources { what: "CTAs", asked: product(grid.ctas), limit: 1 << 31 });
+    let warps = product(grid.ctas).saturating_mul(threads.div_ceil(32));
+    for (what, asked, limit) in
+        [("warps of a grid", warps, 1 << 31), ("instructions", kernel.code.len() as u64, 1 << 16)]
+    {
+        if asked > limit {
+            return refuse(Fault::TooManyResources { what, asked, limit });
+        }
     }
     if params.len() != kernel.param_bytes() as usize {
         let (expected, found) = (u64::from(kernel.param_bytes()), params.len() as u64);
@@ -206,6 +221,8 @@ pub fn run(
     random.shuffle(&mut waiting);
     let mut resident = 1 + random.below(2);
     let mut ctas: Vec<Cta> = Vec::new();
+    let warps = grid.threads.iter().product::<u32>().div_ceil(32);
+    let mut shadows: Vec<Shadow> = (0..memory.count()).map(|_| Shadow::global()).collect();
     let mut idle = 0;
     let mut turns = 0;
     loop {
@@ -213,6 +230,7 @@ pub fn run(
             && let Some(number) = waiting.pop()
         {
             let place = Place {
+                first_warp: number * warps,
                 cta: [number % x, number / x % y, number / x / y],
                 ctas: grid.ctas,
                 threads: grid.threads,
@@ -241,7 +259,17 @@ pub fn run(
             let kernel = kernel.name.clone();
             Box::new(Report { kernel, line, cta: cta.index, warp: warp as u32, lane, fault })
         };
-        let mut reach = Reach { memory, shared: &mut cta.shared, params, counts: &mut counts };
+        let mut reach = Reach {
+            memory,
+            shadows: &mut shadows,
+            shared: &mut cta.shared,
+            shared_shadow: &mut cta.shadow,
+            params,
+            counts: &mut counts,
+            program,
+            ctas: grid.ctas,
+            warps,
+        };
         let paused = cta.warps[warp].run(program, &mut reach, &mut random, options.sums, turn, &mut idle);
         let line = cta.warps[warp].line;
         match paused.map_err(|found| report(cta, line, found))? {

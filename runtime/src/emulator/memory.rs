@@ -59,6 +59,11 @@ impl Bytes {
         }
     }
 
+    /// Are they somebody else's, lent to be read?
+    pub fn read_only(&self) -> bool {
+        matches!(self.data, Data::Borrowed(..))
+    }
+
     /// The first byte of `range` that was not written.
     pub fn first_unwritten(&self, range: Range<usize>) -> Option<usize> {
         if self.written.is_empty() || range.is_empty() {
@@ -217,6 +222,11 @@ impl Memory {
     /// The name of an allocation.
     pub(super) fn name(&self, index: usize) -> &str {
         &self.allocations[index].name
+    }
+
+    /// How many allocations there are.
+    pub(super) fn count(&self) -> usize {
+        self.allocations.len()
     }
 
     /// Where an address lies, seen from the nearest allocation.

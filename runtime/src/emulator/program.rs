@@ -26,6 +26,8 @@ pub(super) struct Step {
     pub op: Op,
     pub line: u32,
     pub guard: Option<(Pred, bool)>,
+    /// Its index. More than 65,535 instructions are refused at the launch.
+    pub pc: u16,
     /// Where lanes that part here meet again.
     pub join: u32,
     /// Registers that must be defined in every lane that runs it.
@@ -178,6 +180,7 @@ impl Program {
                 op: instruction.op.clone(),
                 line: instruction.line,
                 guard: instruction.guard,
+                pc: at as u16,
                 join: joins[at],
                 uses: [].into(),
                 use_predicates: [].into(),

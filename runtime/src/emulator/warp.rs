@@ -3,16 +3,19 @@
 //! Lanes that part at a branch run one side after the other, in an order by seed, and meet again at the branch's immediate
 //! post-dominator (the stack of Fung, Sham, Yuan and Aamodt, "Dynamic Warp Formation and Scheduling", 2007, section 2).
 
-use super::access::{Access, Checked, PARAM_WINDOW, Reach, Run, SHARED_WINDOW, at_lane, lanes, of_warp};
+use super::access::{
+    Access, Checked, PARAM_WINDOW, Reach, Run, SHARED_WINDOW, Spot, at_lane, lanes, of_warp,
+};
 use super::arithmetic::{self as math, LANES, Lanes, Narrow, Source, Wide};
 use super::counts::Class;
 use super::grid::Random;
 use super::matrix;
 use super::program::{Program, Step};
+use super::race::{How, Knowledge};
 use super::{Fault, Sums};
 use crate::ptx::{
-    Address, AtomicOp, BarrierOp, Constant, Logic, Op, Pred, ReduceOp, Reg, ShuffleMode, Space, Special,
-    Type, UnaryOp, VoteMode,
+    Address, AtomicOp, BarrierOp, Constant, Logic, Op, Order, Pred, ReduceOp, Reg, ShuffleMode, Space,
+    Special, Type, UnaryOp, VoteMode,
 };
 
 /// All lanes.
@@ -61,7 +64,9 @@ struct AsyncCopy {
     to: u64,
     from: u64,
     bytes: u32,
+    /// How many it reads; the others become zeros.
     read: u32,
+    landed: bool,
 }
 
 /// A warp.
@@ -79,6 +84,8 @@ pub struct Warp {
     narrow_defined: Vec<u32>,
     wide_defined: Vec<u32>,
     predicates_defined: Vec<u32>,
+    /// What it knows of the accesses of others.
+    pub knowledge: Knowledge,
     /// Copies that have not landed for certain.
     copies: Vec<AsyncCopy>,
     /// Groups that each lane has closed.
@@ -88,6 +95,8 @@ pub struct Warp {
 /// What a CTA's threads know of where they are.
 #[derive(Clone, Copy, Debug)]
 pub struct Place {
+    /// The CTA's first warp, counted through the grid.
+    pub first_warp: u32,
     pub cta: [u32; 3],
     pub ctas: [u32; 3],
     pub threads: [u32; 3],
@@ -116,6 +125,7 @@ impl Warp {
             narrow_defined: vec![0; narrow],
             wide_defined: vec![0; wide],
             predicates_defined: vec![0; predicates],
+            knowledge: Knowledge::new(place.first_warp, number, threads.div_ceil(32)),
             copies: Vec::new(),
             groups: [0; LANES],
         };
@@ -245,7 +255,7 @@ impl Warp {
                 continue;
             }
             self.check(step, program, active)?;
-            let arrival = self.execute(step, active, reach, sums, idle)?;
+            let arrival = self.execute(step, active, reach, random, sums, idle)?;
             for &reg in &step.defines {
                 self.define(active, reg);
             }
@@ -355,6 +365,7 @@ impl Warp {
         step: &Step,
         active: u32,
         reach: &mut Reach<'_>,
+        random: &mut Random,
         sums: Sums,
         idle: &mut u64,
     ) -> Checked<Option<Arrival>> {
@@ -461,34 +472,51 @@ impl Warp {
                 });
                 self.put(active, *d, Lanes::Wide(value));
             }
-            Op::Load { space, ty, d, address, .. } => {
+            Op::Load { space, ty, order, d, address, .. } => {
                 let bytes = ty.bits() / 8 * d.len() as u32;
                 let access = Access::new(*space, self.addresses(*address), active, bytes)?;
                 reach.count(&access, false);
+                let how = How {
+                    strong: order.strong(),
+                    non_coherent: *order == Order::NonCoherent,
+                    pc: step.pc,
+                    ..How::default()
+                };
                 for run in access.runs() {
-                    let from = reach.read(access.space, run, bytes)?;
-                    self.take(run, *ty, d, from);
+                    let spot = reach.spot(access.space, run, bytes)?;
+                    reach.watch(&spot, run, bytes, how, &self.knowledge)?;
+                    self.take(run, *ty, d, reach.read(&spot, run, bytes)?);
+                    if how.strong {
+                        reach.acquire(&spot, run, bytes, &mut self.knowledge, order.acquires());
+                    }
                 }
             }
-            Op::Store { space, ty, address, a, .. } => {
+            Op::Store { space, ty, order, address, a, .. } => {
                 let size = ty.bits() / 8;
                 let bytes = size * a.len() as u32;
                 let access = Access::new(*space, self.addresses(*address), active, bytes)?;
                 reach.count(&access, true);
                 *idle = 0;
+                let how = How { write: true, strong: order.strong(), pc: step.pc, ..How::default() };
                 let mut buffer = [0; LANES * 32];
                 for run in access.runs() {
                     let from = &mut buffer[..(run.lanes * bytes) as usize];
                     self.give(run, *ty, a, from);
-                    reach.write(access.space, run, bytes, from)?;
+                    let spot = reach.spot(access.space, run, bytes)?;
+                    reach.watch(&spot, run, bytes, how, &self.knowledge)?;
+                    reach.write(&spot, run, from)?;
+                    if how.strong {
+                        reach.release(&spot, run, bytes, &mut self.knowledge, (order.releases(), false));
+                    }
                 }
             }
-            Op::Atomic { op, ty, space, d, address, b, c, .. } => {
+            Op::Atomic { .. } => {
                 *idle = 0;
-                self.atomic((*op, *ty, *space), *d, *address, b, *c, active, reach)?;
+                self.atomic(step, active, reach)?;
             }
             Op::Trap => return Err(at_lane(active.trailing_zeros(), Fault::Trap)),
-            Op::Hint | Op::Fence { .. } => {}
+            Op::Hint => {}
+            Op::Fence { .. } => self.knowledge.fence(lanes(active)),
             Op::Barrier { op, id, threads } => {
                 self.together(active)?;
                 *idle = 0;
@@ -504,7 +532,10 @@ impl Warp {
                     votes,
                 }));
             }
-            Op::WarpSync { mask } => _ = self.named(*mask, active)?,
+            Op::WarpSync { mask } => {
+                let mask = self.named(*mask, active)?;
+                self.knowledge.warp_sync(mask, mask == self.live);
+            }
             Op::Shuffle { mode, d, p, a, b, c, mask } => {
                 let active = self.named(*mask, active)?;
                 let (b, c) = (self.narrow(*b), self.narrow(*c));
@@ -569,7 +600,7 @@ impl Warp {
             }
             Op::LoadMatrix { trans, d, address } => {
                 self.together(active)?;
-                self.load_matrix(*trans, d, *address, reach)?;
+                self.load_matrix(step.pc, *trans, d, *address, reach)?;
             }
             Op::Copy { bytes, d, a, size } => {
                 *idle = 0;
@@ -577,24 +608,47 @@ impl Warp {
                 let from = Access::new(Space::Global, self.addresses(*a), active, *bytes)?;
                 reach.counts.async_copies += u64::from(active.count_ones());
                 reach.count(&to, true);
+                // Bytes may land at once, or as late as the wait for them.
+                let early = random.below(2) == 0;
                 for lane in lanes(active) {
                     let at = lane as usize;
                     let read = size.map_or(*bytes, |size| self.narrow(size)[at].min(*bytes));
-                    let group = self.groups[at];
                     let (to, from) = (to.addresses[at], from.addresses[at]);
-                    let copy = AsyncCopy { lane, group, to, from, bytes: *bytes, read };
-                    land(&copy, reach)?;
+                    let copy = AsyncCopy {
+                        lane,
+                        group: self.groups[at],
+                        to,
+                        from,
+                        bytes: *bytes,
+                        read,
+                        landed: early,
+                    };
+                    self.request(&copy, step.pc, reach)?;
+                    if early {
+                        copy.land(reach)?;
+                    }
                     self.copies.push(copy);
                 }
             }
             Op::CopyCommit => lanes(active).for_each(|lane| self.groups[lane as usize] += 1),
             Op::CopyWait(keep) => {
-                let groups = self.groups;
-                self.copies.retain(|copy| {
-                    let open = groups[copy.lane as usize];
+                for copy in std::mem::take(&mut self.copies) {
+                    let open = self.groups[copy.lane as usize];
                     let covered = keep.is_none_or(|keep| copy.group + keep < open);
-                    !(covered && active >> copy.lane & 1 == 1)
-                });
+                    if !covered || active >> copy.lane & 1 == 0 {
+                        self.copies.push(copy);
+                        continue;
+                    }
+                    if !copy.landed {
+                        copy.land(reach)?;
+                    }
+                    reach.shared_shadow.settle(
+                        &self.knowledge,
+                        copy.lane,
+                        copy.to as usize,
+                        copy.bytes as usize,
+                    );
+                }
             }
             Op::Branch { .. } | Op::BranchIndexed { .. } | Op::Exit => unreachable!("these are run by `run`"),
         }
@@ -653,55 +707,55 @@ impl Warp {
         }
     }
 
-    #[allow(clippy::too_many_arguments, reason = "the operands of `atom`")]
-    fn atomic(
-        &mut self,
-        (op, ty, space): (AtomicOp, Type, Space),
-        d: Option<Reg>,
-        address: Address,
-        b: &[Reg],
-        c: Option<Reg>,
-        active: u32,
-        reach: &mut Reach<'_>,
-    ) -> Checked<()> {
+    /// `atom`, `red`: lane by lane, each a read and a write that nothing comes between.
+    fn atomic(&mut self, step: &Step, active: u32, reach: &mut Reach<'_>) -> Checked<()> {
+        let Op::Atomic { op, ty, space, order, d, address, b, c, .. } = &step.op else {
+            unreachable!("it is an atomic")
+        };
         let size = ty.bits() / 8;
-        let bytes = size * b.len() as u32;
-        let access = Access::new(space, self.addresses(address), active, bytes)?;
+        let access = Access::new(*space, self.addresses(*address), active, size * b.len() as u32)?;
         reach.count(&access, true);
+        let how = How { write: true, strong: true, pc: step.pc, ..How::default() };
         for lane in lanes(active) {
             for (at, &b) in b.iter().enumerate() {
-                let run = Run {
-                    first: lane,
-                    lanes: 1,
-                    address: access.addresses[lane as usize] + u64::from(size) * at as u64,
+                let address = access.addresses[lane as usize] + u64::from(size) * at as u64;
+                let run = Run { first: lane, lanes: 1, address };
+                let spot = reach.spot(access.space, run, size)?;
+                reach.watch(&spot, run, size, how, &self.knowledge)?;
+                let old = extended(*ty, reach.read(&spot, run, size)?);
+                let value = |reg: Reg| self.source(reg).extended(*ty)[lane as usize];
+                let new = match *c {
+                    Some(c) if old == value(b) => value(c),
+                    Some(_) => old,
+                    None => combine(*op, *ty, old, value(b)),
                 };
-                let old = extended(ty, reach.read(access.space, run, size)?);
-                let value = |reg: Reg| self.source(reg).extended(ty)[lane as usize];
-                let new = match c {
-                    Some(c) => {
-                        if old == value(b) {
-                            value(c)
-                        } else {
-                            old
-                        }
-                    }
-                    None => combine(op, ty, old, value(b)),
-                };
-                reach.write(access.space, run, size, &new.to_le_bytes()[..size as usize])?;
-                if let Some(d) = d {
-                    match d.wide {
-                        true => self.wide[usize::from(d.index)][lane as usize] = old,
-                        false => self.narrow[usize::from(d.index)][lane as usize] = old as u32,
-                    }
+                reach.write(&spot, run, &new.to_le_bytes()[..size as usize])?;
+                reach.acquire(&spot, run, size, &mut self.knowledge, order.acquires());
+                reach.release(&spot, run, size, &mut self.knowledge, (order.releases(), true));
+                match *d {
+                    Some(d) if d.wide => self.wide[usize::from(d.index)][lane as usize] = old,
+                    Some(d) => self.narrow[usize::from(d.index)][lane as usize] = old as u32,
+                    None => {}
                 }
             }
         }
         Ok(())
     }
 
+    /// An asynchronous copy begins: its target is nobody's until it is waited for.
+    fn request(&self, copy: &AsyncCopy, pc: u16, reach: &mut Reach<'_>) -> Checked<()> {
+        if let Some((run, spot)) = copy.source(reach)? {
+            reach.watch(&spot, run, copy.read, How { pc, ..How::default() }, &self.knowledge)?;
+        }
+        let (run, spot) = copy.target(reach)?;
+        let how = How { write: true, in_flight: true, pc, ..How::default() };
+        reach.watch(&spot, run, copy.bytes, how, &self.knowledge)
+    }
+
     /// Row `r` of matrix `j` starts at the address that lane `8 j + r` has (PTX ISA, "ldmatrix").
     fn load_matrix(
         &mut self,
+        pc: u16,
         trans: bool,
         d: &[Reg],
         address: Address,
@@ -712,7 +766,9 @@ impl Warp {
         reach.count(&access, false);
         let mut bytes = [[0; 16]; LANES];
         for run in access.runs() {
-            let from = reach.read(Space::Shared, run, 16)?;
+            let spot = reach.spot(Space::Shared, run, 16)?;
+            reach.watch(&spot, run, 16, How { whole: true, pc, ..How::default() }, &self.knowledge)?;
+            let from = reach.read(&spot, run, 16)?;
             for (row, from) in bytes[run.first as usize..].iter_mut().zip(from.chunks_exact(16)) {
                 row.copy_from_slice(from);
             }
@@ -733,16 +789,30 @@ impl Warp {
     }
 }
 
-/// The bytes of an asynchronous copy arrive. What the source has not written, the target has not either.
-fn land(copy: &AsyncCopy, reach: &mut Reach<'_>) -> Checked<()> {
-    let AsyncCopy { lane, to, from, bytes, read, .. } = *copy;
-    let mut data = [0; 16];
-    if read > 0 {
-        let run = Run { first: lane, lanes: 1, address: from };
-        data[..read as usize].copy_from_slice(reach.read(Space::Global, run, read)?);
-        reach.counts.moved(Space::Global, false, u64::from(read));
+impl AsyncCopy {
+    /// Where it reads, if it does.
+    fn source(&self, reach: &Reach<'_>) -> Checked<Option<(Run, Spot)>> {
+        let run = Run { first: self.lane, lanes: 1, address: self.from };
+        let found = || reach.spot(Space::Global, run, self.read).map(|spot| (run, spot));
+        (self.read > 0).then(found).transpose()
     }
-    reach.write(Space::Shared, Run { first: lane, lanes: 1, address: to }, bytes, &data[..bytes as usize])
+
+    /// Where it writes.
+    fn target(&self, reach: &Reach<'_>) -> Checked<(Run, Spot)> {
+        let run = Run { first: self.lane, lanes: 1, address: self.to };
+        reach.spot(Space::Shared, run, self.bytes).map(|spot| (run, spot))
+    }
+
+    /// Its bytes arrive, zeros for those that it does not read.
+    fn land(&self, reach: &mut Reach<'_>) -> Checked<()> {
+        let mut data = [0; 16];
+        if let Some((run, spot)) = self.source(reach)? {
+            data[..self.read as usize].copy_from_slice(reach.read(&spot, run, self.read)?);
+            reach.counts.moved(Space::Global, false, u64::from(self.read));
+        }
+        let (run, spot) = self.target(reach)?;
+        reach.write(&spot, run, &data[..self.bytes as usize])
+    }
 }
 
 fn blend<T: Copy>(mask: u32, to: &mut [T; LANES], from: &[T; LANES]) {

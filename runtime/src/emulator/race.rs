@@ -1,0 +1,581 @@
+//! Races: two accesses to a byte, one of them a write, that nothing orders.
+//!
+//! Only what the ISA says orders accesses ("Memory Consistency Model"): the program order of a lane; `bar`, `bar.warp.sync`;
+//! a release that an acquire reads, also by fences and relaxed atomics; `cp.async.wait_group` for the lane that copied.
+//! Shuffles, votes and running side by side order nothing, nor does the schedule that happens to run: a race is found
+//! whether or not its accesses meet.
+//!
+//! Method: vector clocks and shadow memory, as FastTrack (Flanagan and Freund, 2009). A warp has one clock, raised at each
+//! release; what it knows of another warp is the clock up to which that one's accesses came before. Where lanes of one
+//! warp are concerned the lane counts too. The shadow keeps for each word the last write, and reads: in shared memory the
+//! last of each warp, in global memory some, of different CTAs where there are several.
+//!
+//! * Never: reports accesses that are ordered. It may miss a race where more reads of a word are unordered than are kept.
+
+use std::collections::{BTreeMap, HashMap};
+
+/// For a lane's number: all lanes of the warp.
+pub const WHOLE: u8 = 32;
+/// Reads of a word that the shadow of global memory keeps.
+const GLOBAL_READS: usize = 4;
+/// Words of a page of the shadow.
+const PAGE_WORDS: usize = 512;
+
+/// The access may meet others of its kind: an atomic, a relaxed or volatile one.
+const STRONG: u8 = 0x10;
+/// The access was a read that nobody may have written in this grid.
+const NON_COHERENT: u8 = 0x20;
+/// A copy that nobody has waited for: nothing comes after it.
+const IN_FLIGHT: u8 = 0x40;
+/// The word's bytes have cells of their own.
+const SPLIT: u8 = 0x80;
+
+/// An access, as the shadow remembers it. The empty one has clock 0, before everything.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Cell {
+    /// The warp, counted through the grid.
+    pub agent: u32,
+    /// The warp's clock at the time.
+    clock: u32,
+    /// The instruction's index.
+    pub pc: u16,
+    /// The lane, or [`WHOLE`].
+    pub lane: u8,
+    flags: u8,
+}
+
+impl Cell {
+    /// Is it a copy that nobody has waited for?
+    pub fn in_flight(&self) -> bool {
+        self.flags & IN_FLIGHT != 0
+    }
+}
+
+/// What was released, or what a lane knows beside its warp: the clocks of warps and lanes that came before.
+type Message = BTreeMap<(u32, u8), u32>;
+
+fn merge(into: &mut Message, from: &Message) {
+    for (&who, &clock) in from {
+        let known = into.entry(who).or_default();
+        *known = clock.max(*known);
+    }
+}
+
+/// What one lane knows beside its warp.
+#[derive(Clone, Debug, Default)]
+struct LaneKnowledge {
+    /// What it acquired.
+    acquired: Message,
+    /// What it read by relaxed accesses: the next fence acquires it.
+    read: Message,
+    /// What its last fence released: the next relaxed write publishes it.
+    fenced: Option<Message>,
+}
+
+/// What a warp knows of the accesses of others.
+#[derive(Clone, Debug)]
+pub struct Knowledge {
+    /// The warp, counted through the grid.
+    agent: u32,
+    /// The first warp of its CTA.
+    first: u32,
+    /// The clock of its accesses from now on.
+    clock: u32,
+    /// For each warp of the CTA, the clock up to which its accesses came before all lanes here. Its own: up to which its
+    /// lanes' accesses came before each other's.
+    seen: Vec<u32>,
+    /// The same for warps and lanes of other CTAs.
+    far: Message,
+    /// Which of its own lanes' accesses came before which lanes', where only some have synchronised.
+    pairs: Option<Box<[[u32; 32]; 32]>>,
+    /// By lane; empty while no lane knows more than the warp.
+    lanes: Vec<LaneKnowledge>,
+}
+
+impl Knowledge {
+    /// Of warp `warp` in a CTA of `warps` warps, the first of which is `first` in the grid.
+    pub fn new(first: u32, warp: u32, warps: u32) -> Knowledge {
+        Knowledge {
+            agent: first + warp,
+            first,
+            clock: 1,
+            seen: vec![0; warps as usize],
+            far: Message::new(),
+            pairs: None,
+            lanes: Vec::new(),
+        }
+    }
+
+    fn own(&self) -> usize {
+        (self.agent - self.first) as usize
+    }
+
+    fn lane(&mut self, lane: u32) -> &mut LaneKnowledge {
+        if self.lanes.is_empty() {
+            self.lanes = vec![LaneKnowledge::default(); 32];
+        }
+        &mut self.lanes[lane as usize]
+    }
+
+    /// Did the access come before what `lane` does now?
+    #[inline]
+    fn after(&self, cell: &Cell, lane: u8) -> bool {
+        let warp = cell.agent.wrapping_sub(self.first) as usize;
+        self.seen.get(warp).is_some_and(|&seen| cell.clock <= seen) || self.after_by_lane(cell, lane)
+    }
+
+    fn after_by_lane(&self, cell: &Cell, lane: u8) -> bool {
+        if cell.clock == 0 || cell.in_flight() {
+            return cell.clock == 0;
+        }
+        if cell.agent == self.agent && cell.lane < WHOLE && lane < WHOLE {
+            let apart =
+                self.pairs.as_ref().map_or(0, |pairs| pairs[usize::from(lane)][usize::from(cell.lane)]);
+            if cell.lane == lane || cell.clock <= apart {
+                return true;
+            }
+        }
+        let says = |message: &Message| {
+            let of = |lane| message.get(&(cell.agent, lane)).is_some_and(|&clock| cell.clock <= clock);
+            of(WHOLE) || of(cell.lane)
+        };
+        says(&self.far) || self.lanes.get(usize::from(lane)).is_some_and(|known| says(&known.acquired))
+    }
+
+    /// What the lane has done and seen so far, for others.
+    fn released(&self, lane: u32) -> Message {
+        let mut message = self.far.clone();
+        for (warp, &seen) in self.seen.iter().enumerate().filter(|(_, seen)| **seen > 0) {
+            message.insert((self.first + warp as u32, WHOLE), seen);
+        }
+        if let Some(known) = self.lanes.get(lane as usize) {
+            merge(&mut message, &known.acquired);
+        }
+        if let Some(pairs) = &self.pairs {
+            let row = pairs[lane as usize].iter().enumerate().filter(|(_, clock)| **clock > 0);
+            row.for_each(|(of, &clock)| _ = message.insert((self.agent, of as u8), clock));
+        }
+        message.insert((self.agent, lane as u8), self.clock);
+        message
+    }
+
+    /// `fence`, by the lanes given.
+    pub fn fence(&mut self, lanes: impl Iterator<Item = u32>) {
+        for lane in lanes {
+            let read = std::mem::take(&mut self.lane(lane).read);
+            merge(&mut self.lane(lane).acquired, &read);
+            self.lane(lane).fenced = Some(self.released(lane));
+        }
+        self.clock += 1;
+    }
+
+    /// What a strong write of the lane publishes.
+    fn publish(&mut self, lane: u32, releases: bool) -> Option<Message> {
+        if !releases {
+            return self.lanes.get(lane as usize)?.fenced.clone();
+        }
+        let message = self.released(lane);
+        self.clock += 1;
+        Some(message)
+    }
+
+    /// A strong read of the lane has seen what was published.
+    fn receive(&mut self, lane: u32, message: &Message, acquires: bool) {
+        let known = self.lane(lane);
+        merge(if acquires { &mut known.acquired } else { &mut known.read }, message);
+    }
+
+    /// `bar.warp.sync` by the lanes of `mask`; `all`: these are all that there are.
+    pub fn warp_sync(&mut self, mask: u32, all: bool) {
+        let lanes = || super::access::lanes(mask);
+        if all {
+            let own = self.own();
+            self.seen[own] = self.clock;
+            self.pairs = None;
+            self.gather();
+        } else {
+            let mut pairs = self.pairs.take().unwrap_or_else(|| Box::new([[0; 32]; 32]));
+            let mut row = [0; 32];
+            for lane in lanes() {
+                row.iter_mut().zip(pairs[lane as usize]).for_each(|(all, one)| *all = one.max(*all));
+            }
+            lanes().for_each(|lane| row[lane as usize] = self.clock);
+            lanes().for_each(|lane| pairs[lane as usize] = row);
+            self.pairs = Some(pairs);
+            if !self.lanes.is_empty() {
+                let mut all = Message::new();
+                lanes().for_each(|lane| merge(&mut all, &self.lanes[lane as usize].acquired));
+                lanes().for_each(|lane| self.lanes[lane as usize].acquired = all.clone());
+            }
+        }
+        self.clock += 1;
+    }
+
+    /// What lanes acquired, the warp knows now.
+    fn gather(&mut self) {
+        for lane in &mut self.lanes {
+            merge(&mut self.far, &std::mem::take(&mut lane.acquired));
+        }
+    }
+
+    /// A barrier of a CTA opens. `parties`: who is at it, and whether it waited.
+    pub fn barrier(parties: &mut [(&mut Knowledge, bool)]) {
+        let mut seen: Vec<u32> = Vec::new();
+        let mut far = Message::new();
+        for (party, _) in parties.iter_mut() {
+            party.gather();
+            seen.resize(party.seen.len(), 0);
+            seen.iter_mut().zip(&party.seen).for_each(|(all, &one)| *all = one.max(*all));
+            seen[party.own()] = party.clock;
+            merge(&mut far, &party.far);
+        }
+        for (party, waited) in parties {
+            if *waited {
+                party.seen.clone_from(&seen);
+                party.far.clone_from(&far);
+                party.pairs = None;
+            }
+            party.clock += 1;
+        }
+    }
+}
+
+/// How an access counts.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct How {
+    /// Does it write?
+    pub write: bool,
+    /// May it meet others like it?
+    pub strong: bool,
+    /// `ld.global.nc`.
+    pub non_coherent: bool,
+    /// By all lanes of the warp, as `ldmatrix` does.
+    pub whole: bool,
+    /// An asynchronous copy's write.
+    pub in_flight: bool,
+    /// The instruction's index.
+    pub pc: u16,
+}
+
+/// Two accesses that nothing orders.
+#[derive(Clone, Copy, Debug)]
+pub struct Conflict {
+    /// The byte, counted as the run's offset is.
+    pub at: usize,
+    /// The lane of the later one.
+    pub lane: u32,
+    /// The one that was there.
+    pub other: Cell,
+    /// Did that one write?
+    pub other_wrote: bool,
+    /// One of them is `ld.global.nc`, which no order helps.
+    pub non_coherent: bool,
+}
+
+/// Cells of consecutive words, or of the bytes of one.
+#[derive(Clone, Debug)]
+struct Page {
+    writes: Vec<Cell>,
+    /// So many for each write.
+    reads: Vec<Cell>,
+}
+
+impl Page {
+    fn new(words: usize, slots: usize) -> Page {
+        Page { writes: vec![Cell::default(); words], reads: vec![Cell::default(); words * slots] }
+    }
+}
+
+/// Who accessed a memory last, word by word.
+#[derive(Debug)]
+pub struct Shadow {
+    pages: Vec<Option<Page>>,
+    /// Reads that are kept of a word.
+    slots: usize,
+    /// Has each warp of the CTA a read of its own?
+    by_warp: bool,
+    /// Words whose bytes have cells of their own.
+    split: HashMap<usize, Page>,
+    /// What was released at a word.
+    released: HashMap<usize, Message>,
+}
+
+impl Shadow {
+    /// Of global memory.
+    pub fn global() -> Shadow {
+        Shadow::new(GLOBAL_READS, false)
+    }
+
+    /// Of the shared memory of a CTA with so many warps.
+    pub fn shared(warps: u32) -> Shadow {
+        Shadow::new(warps as usize, true)
+    }
+
+    fn new(slots: usize, by_warp: bool) -> Shadow {
+        Shadow { pages: Vec::new(), slots, by_warp, split: HashMap::new(), released: HashMap::new() }
+    }
+
+    fn page(pages: &mut Vec<Option<Page>>, slots: usize, at: usize) -> &mut Page {
+        if pages.len() <= at {
+            pages.resize(at + 1, None);
+        }
+        pages[at].get_or_insert_with(|| Page::new(PAGE_WORDS, slots))
+    }
+
+    /// Lanes from `first` on access `len` bytes from `offset` on, `bytes` each.
+    ///
+    /// # Errors
+    ///
+    /// The first [`Conflict`].
+    pub fn access(
+        &mut self,
+        who: &Knowledge,
+        how: How,
+        (first, bytes): (u32, usize),
+        (offset, len): (usize, usize),
+    ) -> Result<(), Conflict> {
+        let flags = if how.strong { STRONG } else { 0 } | if how.non_coherent { NON_COHERENT } else { 0 };
+        let flags = flags | if how.in_flight { IN_FLIGHT } else { 0 };
+        let clock = if how.in_flight { u32::MAX } else { who.clock };
+        let cell = |lane: u32| {
+            let lane = if how.whole { WHOLE } else { lane as u8 };
+            Cell { agent: who.agent, clock, pc: how.pc, lane, flags }
+        };
+        // Accesses are aligned to their size, so one of 4 bytes or more has whole words.
+        let step = bytes.min(4);
+        let (slots, by_warp) = (self.slots, self.by_warp);
+        let mut at = offset;
+        while at < offset + len {
+            let (word, lane) = (at / 4, first + ((at - offset) / bytes) as u32);
+            let page = Shadow::page(&mut self.pages, slots, word / PAGE_WORDS);
+            let index = word % PAGE_WORDS;
+            let judge = Judge { who, how, slots, by_warp };
+            let found = if step == 4 && page.writes[index].flags & SPLIT == 0 {
+                judge.judge(page, index, cell(lane))
+            } else {
+                let split = self.split.entry(word).or_insert_with(|| split(page, index, slots));
+                page.writes[index].flags |= SPLIT;
+                let cell = cell(lane);
+                (at % 4..at % 4 + step).try_for_each(|byte| judge.judge(split, byte, cell))
+            };
+            found.map_err(|(other, other_wrote, non_coherent)| Conflict {
+                at,
+                lane,
+                other,
+                other_wrote,
+                non_coherent,
+            })?;
+            at += step;
+        }
+        Ok(())
+    }
+
+    /// A lane has waited for its copy: the bytes are its own writes from now on.
+    pub fn settle(&mut self, who: &Knowledge, lane: u32, offset: usize, len: usize) {
+        for word in offset / 4..(offset + len).div_ceil(4) {
+            let page = Shadow::page(&mut self.pages, self.slots, word / PAGE_WORDS);
+            let index = word % PAGE_WORDS;
+            let settle = |cell: &mut Cell| {
+                if cell.in_flight() && cell.agent == who.agent && u32::from(cell.lane) == lane {
+                    cell.flags &= !IN_FLIGHT;
+                    cell.clock = who.clock;
+                }
+            };
+            settle(&mut page.writes[index]);
+            if let Some(split) = self.split.get_mut(&word) {
+                split.writes.iter_mut().for_each(settle);
+            }
+        }
+    }
+
+    /// A lane's strong read of the word at `offset` takes over what was released there.
+    pub fn acquire(&self, who: &mut Knowledge, lane: u32, offset: usize, acquires: bool) {
+        if let Some(message) = self.released.get(&(offset / 4)) {
+            who.receive(lane, message, acquires);
+        }
+    }
+
+    /// A lane's strong write to the word at `offset` publishes what it knows. What an atomic replaces goes on with it.
+    pub fn release(&mut self, who: &mut Knowledge, lane: u32, offset: usize, releases: bool, atomic: bool) {
+        let before = self.released.remove(&(offset / 4)).filter(|_| atomic);
+        let message = match (before, who.publish(lane, releases)) {
+            (Some(mut before), Some(new)) => {
+                merge(&mut before, &new);
+                Some(before)
+            }
+            (before, new) => before.or(new),
+        };
+        if let Some(message) = message {
+            self.released.insert(offset / 4, message);
+        }
+    }
+}
+
+/// The cells of a word, for each of its bytes.
+fn split(page: &Page, index: usize, slots: usize) -> Page {
+    let mut bytes = Page::new(4, slots);
+    bytes.writes.fill(page.writes[index]);
+    for byte in 0..4 {
+        bytes.reads[byte * slots..][..slots].copy_from_slice(&page.reads[index * slots..][..slots]);
+    }
+    bytes
+}
+
+/// One access, on its way through the words that it touches.
+struct Judge<'a> {
+    who: &'a Knowledge,
+    how: How,
+    slots: usize,
+    by_warp: bool,
+}
+
+impl Judge<'_> {
+    /// Compares an access with those before it, and remembers it.
+    #[inline]
+    fn judge(&self, page: &mut Page, index: usize, cell: Cell) -> Result<(), (Cell, bool, bool)> {
+        let (slots, who) = (self.slots, self.who);
+        let wrote = page.writes[index];
+        let both_strong = |other: &Cell| other.flags & cell.flags & STRONG != 0;
+        if !who.after(&wrote, cell.lane) && !both_strong(&wrote) {
+            return Err((wrote, true, false));
+        }
+        if self.how.non_coherent && wrote.clock != 0 {
+            return Err((wrote, true, true));
+        }
+        let reads = &mut page.reads[index * slots..][..slots];
+        if self.how.write {
+            for read in reads.iter() {
+                if read.clock != 0 && read.flags & NON_COHERENT != 0 {
+                    return Err((*read, false, true));
+                }
+                if !who.after(read, cell.lane) && !both_strong(read) {
+                    return Err((*read, false, false));
+                }
+            }
+            page.writes[index] = Cell { flags: cell.flags | wrote.flags & SPLIT, ..cell };
+            return Ok(());
+        }
+        let slot = if self.by_warp { Some(who.own()) } else { self.slot(reads, cell.lane) };
+        if let Some(slot) = slot {
+            let read = &mut reads[slot];
+            // A word that several lanes of the warp have read, unordered among themselves, is read by all.
+            let several = read.agent == cell.agent && read.lane != cell.lane && !who.after(read, cell.lane);
+            let flags = if several { cell.flags & (read.flags | !STRONG) } else { cell.flags };
+            *read = Cell { lane: if several { WHOLE } else { cell.lane }, flags, ..cell };
+        }
+        Ok(())
+    }
+
+    /// Which of the reads of global memory gives way, if one does: the warp's own; one that came before; where all are of
+    /// the warp's own CTA or none is, the last.
+    fn slot(&self, reads: &[Cell], lane: u8) -> Option<usize> {
+        let cta = |cell: &Cell| cell.agent.wrapping_sub(self.who.first) < self.who.seen.len() as u32;
+        let own = reads.iter().position(|read| read.clock != 0 && read.agent == self.who.agent);
+        let old = || reads.iter().position(|read| self.who.after(read, lane));
+        let same = reads.iter().filter(|read| cta(read)).count();
+        own.or_else(old).or((same == 0).then_some(reads.len() - 1))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const READ: How =
+        How { write: false, strong: false, non_coherent: false, whole: false, in_flight: false, pc: 1 };
+    const WRITE: How = How { write: true, pc: 2, ..READ };
+
+    fn touch(shadow: &mut Shadow, who: &Knowledge, how: How, lane: u32, offset: usize) -> bool {
+        shadow.access(who, how, (lane, 4), (offset, 4)).is_ok()
+    }
+
+    /// Two warps of one CTA.
+    fn two() -> (Knowledge, Knowledge, Shadow) {
+        (Knowledge::new(8, 0, 2), Knowledge::new(8, 1, 2), Shadow::shared(2))
+    }
+
+    #[test]
+    fn only_a_barrier_orders_warps() {
+        let (mut a, mut b, mut shadow) = two();
+        assert!(touch(&mut shadow, &a, WRITE, 3, 64));
+        let found = shadow.access(&b, READ, (5, 4), (64, 4)).unwrap_err();
+        assert_eq!((found.lane, found.other.lane, found.other.pc, found.other_wrote), (5, 3, 2, true));
+        Knowledge::barrier(&mut [(&mut a, true), (&mut b, true)]);
+        assert!(touch(&mut shadow, &b, READ, 5, 64));
+        // The write after the read needs one more.
+        assert!(!touch(&mut shadow, &a, WRITE, 3, 64));
+    }
+
+    #[test]
+    fn who_arrives_without_waiting_learns_nothing() {
+        let (mut a, mut b, mut shadow) = two();
+        assert!(touch(&mut shadow, &a, WRITE, 0, 0) && touch(&mut shadow, &b, WRITE, 0, 4));
+        Knowledge::barrier(&mut [(&mut a, false), (&mut b, true)]);
+        assert!(touch(&mut shadow, &b, READ, 0, 0));
+        assert!(!touch(&mut shadow, &a, READ, 0, 4));
+    }
+
+    #[test]
+    fn lanes_of_a_warp_are_apart_until_they_synchronise() {
+        let (mut a, _, mut shadow) = two();
+        assert!(touch(&mut shadow, &a, WRITE, 0, 0) && touch(&mut shadow, &a, READ, 0, 0));
+        assert!(!touch(&mut shadow, &a, READ, 1, 0));
+        a.warp_sync(0b0011, false);
+        assert!(touch(&mut shadow, &a, READ, 1, 0) && !touch(&mut shadow, &a, READ, 2, 0));
+        // What lane 1 knows of lane 0, lane 2 learns from lane 1.
+        a.warp_sync(0b0110, false);
+        assert!(touch(&mut shadow, &a, READ, 2, 0) && !touch(&mut shadow, &a, READ, 3, 0));
+        a.warp_sync(u32::MAX, true);
+        assert!(touch(&mut shadow, &a, READ, 3, 0));
+    }
+
+    #[test]
+    fn a_release_that_is_acquired_orders_ctas() {
+        let (mut a, mut b) = (Knowledge::new(0, 0, 1), Knowledge::new(1, 0, 1));
+        let mut shadow = Shadow::global();
+        let atomic = How { strong: true, ..WRITE };
+        for (releases, acquires) in [(true, true), (false, true), (true, false), (false, false)] {
+            let (offset, flag) = (64 * usize::from(releases) + 128 * usize::from(acquires), 1024);
+            assert!(touch(&mut shadow, &a, WRITE, 0, offset));
+            assert!(touch(&mut shadow, &a, atomic, 0, flag));
+            shadow.release(&mut a, 0, flag, releases, false);
+            assert!(touch(&mut shadow, &b, atomic, 4, flag));
+            shadow.acquire(&mut b, 4, flag, acquires);
+            assert_eq!(touch(&mut shadow, &b, READ, 4, offset), releases && acquires);
+            // Only the lane that acquired it knows.
+            assert!(!touch(&mut shadow, &b, READ, 5, offset));
+        }
+        // Fences on both sides do for relaxed accesses.
+        assert!(touch(&mut shadow, &a, WRITE, 0, 512));
+        a.fence([0].into_iter());
+        shadow.release(&mut a, 0, 1024, false, true);
+        shadow.acquire(&mut b, 4, 1024, false);
+        assert!(!touch(&mut shadow, &b, READ, 4, 512));
+        b.fence([4].into_iter());
+        assert!(touch(&mut shadow, &b, READ, 4, 512));
+    }
+
+    #[test]
+    fn a_copy_in_flight_is_nobodys() {
+        let (a, _, mut shadow) = two();
+        assert!(touch(&mut shadow, &a, How { in_flight: true, ..WRITE }, 0, 0));
+        assert!(!touch(&mut shadow, &a, READ, 0, 0));
+        shadow.settle(&a, 0, 0, 4);
+        assert!(touch(&mut shadow, &a, READ, 0, 0) && !touch(&mut shadow, &a, READ, 1, 0));
+    }
+
+    #[test]
+    fn bytes_of_a_word_are_apart() {
+        let (a, b, mut shadow) = two();
+        let half = |shadow: &mut Shadow, who, how, lane, offset| {
+            shadow.access(who, how, (lane, 2), (offset, 2)).is_ok()
+        };
+        assert!(half(&mut shadow, &a, WRITE, 0, 0) && half(&mut shadow, &b, WRITE, 1, 2));
+        assert!(half(&mut shadow, &a, READ, 0, 0) && !half(&mut shadow, &a, READ, 0, 2));
+        assert!(!touch(&mut shadow, &a, READ, 0, 0));
+        // Two atomics may meet, an atomic and a plain access may not.
+        let atomic = How { strong: true, ..WRITE };
+        assert!(touch(&mut shadow, &a, atomic, 0, 8) && touch(&mut shadow, &b, atomic, 0, 8));
+        assert!(!touch(&mut shadow, &b, READ, 1, 8));
+    }
+}
