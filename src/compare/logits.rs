@@ -60,9 +60,9 @@ impl LogitsFault {
 pub type Judged = Result<Result<(), LogitsFault>, DeviceError>;
 
 impl Logits {
-    /// Judges every prompt of a reference, up to the first fault. In bf16 the bound is known at the end alone: `honest` is
-    /// the interpreter, which rounds what is stored and nothing else; `exact`, which does not, says how much that is, so that
-    /// other weights than the reference's do not widen the bound.
+    /// Judges every prompt of a reference, up to the first fault: first all logits, then the greedy tokens, of which the largest
+    /// error of a logit says what a near tie is. In bf16 `honest` is the interpreter, which rounds what is stored and nothing
+    /// else; `exact`, which does not, says how much that is, so that other weights than the reference's do not widen the bound.
     ///
     /// # Errors
     ///
@@ -89,15 +89,22 @@ impl Logits {
                     return Ok(Err(fault));
                 }
             }
-            if let Err(fault) = self.greedy(number, program, prompt)? {
+        }
+        if dtype != DType::F32 {
+            let (found, bound) = (rms(of_honest.errors.iter().copied()), judge::weights_bound(rms(rounding)));
+            if found > bound {
+                return Ok(Err(LogitsFault::Weights { found, bound }));
+            }
+            if let Err(fault) = self.spread(&of_honest) {
                 return Ok(Err(fault));
             }
         }
-        if dtype == DType::F32 {
-            return Ok(Ok(()));
+        for (number, prompt) in reference.prompts.iter().enumerate() {
+            if let Err(fault) = self.greedy(number, [program, exact], prompt)? {
+                return Ok(Err(fault));
+            }
         }
-        let (found, bound) = (rms(of_honest.errors.iter().copied()), judge::weights_bound(rms(rounding)));
-        Ok(if found <= bound { self.spread(&of_honest) } else { Err(LogitsFault::Weights { found, bound }) })
+        Ok(Ok(()))
     }
 
     /// Judges the logits of a prompt.
@@ -145,19 +152,36 @@ impl Logits {
         Ok(())
     }
 
-    /// Goes through the reference's greedy continuation, as far as the context reaches.
+    /// Goes through the reference's greedy continuation, as far as the context reaches. Where a token is neither of the two that
+    /// the reference knows, `exact`, a program without rounding, says how far it is below the best.
     ///
     /// # Errors
     ///
     /// What the device says.
-    pub fn greedy(&mut self, number: usize, program: &mut dyn Program, prompt: &Prompt) -> Judged {
+    pub fn greedy(
+        &mut self,
+        number: usize,
+        [program, exact]: [&mut dyn Program; 2],
+        prompt: &Prompt,
+    ) -> Judged {
         let mut state = program.state()?;
         let room = program.context() - prompt.tokens.len();
         let mut chosen = feed(program, &prompt.tokens, None, Want::Token, &mut state)?.token;
         for (step, &reference) in prompt.greedy.iter().enumerate().take(room) {
             let bad = DeviceError::BadOutputs { want: Want::Token, token: false, logits: 0 };
             let found = chosen.ok_or(bad)?;
-            match judge::greedy(reference, found, self.largest) {
+            let mut judged = judge::greedy(reference, found, self.largest);
+            if judged == Greedy::Wrong && found != reference.second {
+                let mut state = exact.state()?;
+                let before = prompt.greedy[..step].iter().map(|reference| reference.token);
+                let tokens: Vec<i32> = prompt.tokens.iter().copied().chain(before).collect();
+                let logits = feed(exact, &tokens, None, Want::Logits, &mut state)?.logits;
+                let below = f64::from(logits[reference.token as usize] - logits[found as usize]);
+                // A third token is no nearer than the second.
+                let third = ReferenceStep { second: found, margin: below.max(reference.margin), ..reference };
+                judged = judge::greedy(third, found, self.largest);
+            }
+            match judged {
                 Greedy::Equal => {}
                 Greedy::NearTie => self.near_ties += 1,
                 Greedy::Wrong => {

@@ -5,10 +5,13 @@
 //! * the greedy continuation is the reference's, but for near ties, which are counted;
 //! * one step, steps of 1, 3 and 7 tokens, decode steps, and two workers give the same bits;
 //! * `interpreter` within its own bound, `null` finds nothing wrong.
+//!
+//! And on the PTX emulator, for GPU code: logits and greedy tokens as above, no report, and in bf16 matrix instructions.
 
 use crate::Checked;
 use crate::skipped::skip;
 use ir::DType;
+use ir::interp::Rounding;
 use libtest_mimic::Trial;
 use llamac::compare::logits::{Logits, all_logits};
 use llamac::compile::{self, Options};
@@ -18,8 +21,10 @@ use llamac::weights::Source;
 use runtime::artifact::Artifact;
 use runtime::cpu::Cpu;
 use runtime::device::{Device, Program, Step, Want, feed};
-use runtime::interpreter::Interpreter;
+use runtime::emulator::{Sm, Sums};
+use runtime::interpreter::{InterpretedProgram, Interpreter};
 use runtime::null::Null;
+use runtime::ptx_emulator::PtxEmulator;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
@@ -64,7 +69,10 @@ pub fn trials() -> Vec<Trial> {
                 shared.join("models").join(model),
                 shared.join("reference").join(format!("{reference}.safetensors")),
             ];
-            trials.push(trial(model, files, dtype));
+            trials.push(trial(model, files.clone(), dtype));
+            if !model.ends_with(".gguf") {
+                trials.push(emulated(model, files, dtype));
+            }
         }
         let files = [test_data().join(SMOLLM2), shared.join("reference/smollm2-135m-q4_1.safetensors")];
         trials.push(trial("SmolLM2-135M", files, dtype));
@@ -102,6 +110,33 @@ fn trial(model: &'static str, [file, reference]: [PathBuf; 2], dtype: DType) -> 
     })
 }
 
+/// The code for a GPU, on the emulator.
+fn emulated(model: &'static str, [file, reference]: [PathBuf; 2], dtype: DType) -> Trial {
+    let name = format!("reference {model} {dtype} on ptx-emulator:sm_80");
+    Trial::test(name.clone(), move || {
+        for file in [&file, &reference] {
+            if !file.exists() {
+                skip(&name, &format!("there is no {}", file.display()));
+                return Ok(());
+            }
+        }
+        let vocab = Model::open(&file.display().to_string())?.config()?.vocab_size;
+        let reference = Reference::read(&reference, vocab)?;
+        let folder = tempfile::tempdir()?;
+        let artifact = compile_model(&file, &folder.path().join("model.llamac"), dtype, "cuda:sm_80")?;
+        let mut program = PtxEmulator { sm: Sm::Sm80, seed: 1, sums: Sums::Truncated }.open(&artifact)?;
+        let mut honest = InterpretedProgram::load(&artifact, Rounding::Stored)?;
+        let mut exact = InterpretedProgram::load(&artifact, Rounding::Exact)?;
+        let mut found = Logits::default();
+        found.judge(&mut program, [&mut honest, &mut exact], &reference, dtype)??;
+        let macs = program.counts().total().matrix_macs;
+        assert_eq!(macs > 0, dtype == DType::BF16, "{macs} multiplications by matrix instructions");
+        let Logits { share, near_ties, steps, .. } = found;
+        println!("{name}: {share:.3} of the bound, {near_ties} near ties in {steps} greedy steps");
+        Ok(())
+    })
+}
+
 /// Compiles a model and runs all checks on one level.
 fn check(name: &str, file: &Path, reference: &Reference, dtype: DType, level: &str) -> Checked<()> {
     let folder = tempfile::tempdir()?;
@@ -125,7 +160,8 @@ fn check(name: &str, file: &Path, reference: &Reference, dtype: DType, level: &s
         if all_logits(two.as_mut(), &prompt.tokens, None)? != logits {
             return Err(at(&"two workers give other bits than one").into());
         }
-        found.greedy(number, program, prompt)?.map_err(|e| at(&e))?;
+        let mut interpreter = Interpreter.load(&artifact)?;
+        found.greedy(number, [program, interpreter.as_mut()], prompt)?.map_err(|e| at(&e))?;
     }
     let mut said = String::new();
     if level == "cpu:native" {
