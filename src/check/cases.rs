@@ -1,13 +1,16 @@
 //! The table: which graphs are tried, in which shapes and dtypes.
 //!
 //! Shapes: 1, odd, one below and one above each tile edge (16 columns, 12 rows, 64 keys), and real
-//! models' (stories260K, SmolLM2-135M). Random graphs bring prologues and epilogues that nobody thought of.
+//! models' (stories260K, SmolLM2-135M). Random graphs bring prologues and epilogues that nobody thought of. Tiles of a GPU are
+//! larger, and its kernels are chosen by the rows of a step: [`gpu`] has shapes for them.
 
+use super::Distribution;
 use ir::DType;
 use ir::dim::{Dim, MAX_SYMBOLS};
 use ir::graph::{Builder, Graph, ValueId};
 use ir::op::{Binary, Compare, Reduction, Unary};
 use ir::random::{MAX_T, Rng, SLOTS, random_graph};
+use std::collections::BTreeSet;
 
 /// A graph with the steps that it is tried on.
 #[derive(Clone, Debug)]
@@ -18,6 +21,8 @@ pub struct Case {
     pub graph: Graph,
     /// Tokens of a step, and positions in the caches before it.
     pub steps: Vec<(i64, i64)>,
+    /// How its numbers are drawn, one after the other.
+    pub distributions: Vec<Distribution>,
 }
 
 impl Case {
@@ -128,13 +133,108 @@ pub fn cases() -> Vec<Case> {
     cases
 }
 
+/// Rows of a step, and most rows that its entry point takes: kernels are chosen by these.
+const GPU_ROWS: [(i64, i64); 6] = [(1, 1), (2, 16), (17, 64), (64, 64), (129, 513), (513, 513)];
+
+/// Shapes about the edges of a GPU's tiles: products, each with what may be done around it, and attentions. Every combination,
+/// or as many as it takes for every pair of choices to meet.
+pub fn gpu(all: bool) -> Vec<Case> {
+    const SHAPES: [(usize, usize); 5] = [(131, 48), (172, 64), (64, 172), (1536, 576), (576, 1536)];
+    type Build = fn(&mut Builder, Dim, DType, usize, usize);
+    const AROUND: [(&str, Build); 5] = [
+        ("linear", linear),
+        ("norm before a product", normed),
+        ("residual", residual),
+        ("gated", gated),
+        ("tied", tied),
+    ];
+    const DTYPES: [DType; 2] = [DType::BF16, DType::F32];
+    const HEADS: [usize; 7] = [8, 24, 64, 80, 96, 128, 256];
+    const PER_KV: [usize; 4] = [1, 3, 4, 7];
+    const PAST: [i64; 4] = [0, 1, 63, 200];
+    let distributions = Distribution::ALL.len();
+    let mut cases = Vec::new();
+    for choice in
+        combinations(&[SHAPES.len(), AROUND.len(), GPU_ROWS.len(), DTYPES.len(), distributions], all)
+    {
+        let [shape, around, rows, dtype, distribution] = choice[..] else {
+            unreachable!("as many as asked for")
+        };
+        let ((n, k), (what, build)) = (SHAPES[shape], AROUND[around]);
+        let ((t, most), dtype) = (GPU_ROWS[rows], DTYPES[dtype]);
+        let mut b = Builder::new("case");
+        let rows = b.symbol("T", 1, most);
+        build(&mut b, rows, dtype, n, k);
+        cases.push(of_rows(
+            format!("{what} n {n} k {k} {dtype} T {t} of {most}"),
+            b,
+            (t, 0),
+            most,
+            distribution,
+        ));
+    }
+    for choice in combinations(
+        &[HEADS.len(), PER_KV.len(), GPU_ROWS.len(), PAST.len(), DTYPES.len(), distributions],
+        all,
+    ) {
+        let [d, per_kv, rows, past, dtype, distribution] = choice[..] else {
+            unreachable!("as many as asked for")
+        };
+        let ((d, per_kv), ((t, most), past, dtype)) =
+            ((HEADS[d], PER_KV[per_kv]), (GPU_ROWS[rows], PAST[past], DTYPES[dtype]));
+        let mut b = Builder::new("case");
+        let rows = b.symbol("T", 1, most);
+        let q = b.input("q", dtype, &[rows, per_kv.into(), d.into()]);
+        let pos = b.input("positions", DType::I32, &[rows]);
+        let [k, v] = ["k", "v"].map(|name| b.state(name, dtype, &[Dim::of(1), Dim::of(768), d.into()]));
+        let y = b.attention("a", q, k, v, pos, true, 1.0 / (d as f64).sqrt());
+        b.output("y", y);
+        let name = format!("flash d {d} of {per_kv} {dtype} T {t} of {most} P {past}");
+        cases.push(of_rows(name, b, (t, past), most, distribution));
+    }
+    cases
+}
+
+fn of_rows(name: String, b: Builder, step: (i64, i64), most: i64, distribution: usize) -> Case {
+    let graph = b.finish();
+    let graph = if most == 1 { graph.specialise("T", 1, 1) } else { graph };
+    Case { name, graph, steps: vec![step], distributions: vec![Distribution::ALL[distribution]] }
+}
+
+/// Choices of one of so many for each place: all, or in order those that bring a pair of choices that none before has.
+fn combinations(counts: &[usize], all: bool) -> Vec<Vec<usize>> {
+    let mut found: Vec<Vec<usize>> = vec![Vec::new()];
+    for &count in counts {
+        found = found.iter().flat_map(|one| (0..count).map(|i| [&one[..], &[i]].concat())).collect();
+    }
+    if all {
+        return found;
+    }
+    let pairs = |one: &[usize]| -> Vec<(usize, usize, usize, usize)> {
+        let places = (0..one.len()).flat_map(|b| (0..b).map(move |a| (a, b)));
+        places.map(|(a, b)| (a, one[a], b, one[b])).collect()
+    };
+    let mut missing: BTreeSet<_> = found.iter().flat_map(|one| pairs(one)).collect();
+    let mut taken = Vec::new();
+    // The one with the most new pairs each time, the first of several.
+    while !missing.is_empty() {
+        let new = |one: &Vec<usize>| pairs(one).iter().filter(|pair| missing.contains(pair)).count();
+        let best = found.iter().rev().max_by_key(|one| new(one)).expect("there are combinations").clone();
+        pairs(&best).iter().for_each(|pair| {
+            missing.remove(pair);
+        });
+        taken.push(best);
+    }
+    taken
+}
+
 /// Random graphs, as many as asked for.
 pub fn random(seed: u64, count: usize) -> Vec<Case> {
     let mut rng = Rng(seed);
     let case = |_| {
         let seed = rng.bits() >> 32;
         let (graph, steps) = (random_graph(seed, 24), vec![(1, 3), (MAX_T - 1, SLOTS - MAX_T)]);
-        Case { name: format!("random {seed}"), graph, steps }
+        Case { name: format!("random {seed}"), graph, steps, distributions: Distribution::ALL.to_vec() }
     };
     (0..count).map(case).collect()
 }
@@ -143,7 +243,7 @@ fn rows(name: String, build: impl FnOnce(&mut Builder, Dim)) -> Case {
     let mut b = Builder::new("case");
     let t = b.symbol("T", 1, TOKENS);
     build(&mut b, t);
-    Case { name, graph: b.finish(), steps: STEPS.to_vec() }
+    Case { name, graph: b.finish(), steps: STEPS.to_vec(), distributions: Distribution::ALL.to_vec() }
 }
 
 /// The same compiled for one token: kernels of their own.
@@ -225,12 +325,17 @@ fn attentions(dtype: DType, (heads, kv_heads, d): (usize, usize, usize)) -> Vec<
     // Positions about the edges of a tile of 64 keys, and the last that the cache has.
     let steps = vec![(1, 0), (1, 63), (1, 64), (5, 60), (TOKENS, 0), (7, CAPACITY - 7)];
     let shape = format!("heads {heads} of {kv_heads} d {d} {dtype}");
+    let distributions = Distribution::ALL.to_vec();
     let one = |causal: bool| {
         let steps = steps.iter().copied().filter(|s| s.0 == 1).collect();
-        Case { name: String::new(), graph: build(causal).specialise("T", 1, 1), steps }
+        let graph = build(causal).specialise("T", 1, 1);
+        Case { name: String::new(), graph, steps, distributions: distributions.clone() }
     };
     let named = |form: &str, case: Case| Case { name: format!("{form} {shape}"), ..case };
-    let many = |causal: bool| Case { name: String::new(), graph: build(causal), steps: steps.clone() };
+    let many = |causal: bool| {
+        let (graph, steps) = (build(causal), steps.clone());
+        Case { name: String::new(), graph, steps, distributions: distributions.clone() }
+    };
     vec![
         named("attention", many(true)),
         named("attention without a mask", many(false)),

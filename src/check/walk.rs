@@ -4,7 +4,7 @@
 
 use super::cases::Case;
 use super::device::{Device, LoadError};
-use super::{Distribution, Feed, Subject, Tensors, launch, results};
+use super::{Feed, Subject, Tensors, launch, results};
 use crate::compare::reproducer::KernelCase;
 use crate::judge::{Expected, Shares};
 use codegen::Backend;
@@ -277,7 +277,7 @@ impl Ctx<'_> {
         }
         let refused = |error| WalkError::Case { case: case.name.clone(), error };
         for &(tokens, past) in &case.steps {
-            for distribution in Distribution::ALL {
+            for &distribution in &case.distributions {
                 let feed = Feed { symbols: Case::symbols(tokens), past, distribution, seed: self.walk.seed };
                 let tensors = subject.tensors(&feed).map_err(refused)?;
                 for group in subject.groups() {
@@ -285,7 +285,7 @@ impl Ctx<'_> {
                     let runs = |t: &&mut Try| {
                         t.group == group
                             && !t.failed
-                            && (t.device < slow || distribution == Distribution::ALL[0])
+                            && (t.device < slow || distribution == case.distributions[0])
                     };
                     let mut of_group = tries.iter_mut().filter(runs).peekable();
                     if of_group.peek().is_none() {

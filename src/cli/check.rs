@@ -9,7 +9,7 @@ use codegen::backend::names;
 use codegen::nvptx::ARCHITECTURES;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use ir::graph::Family;
-use llamac::check::cases::{cases, random};
+use llamac::check::cases::{cases, gpu, random};
 use llamac::check::walk::{Failure, How, Report, Walk, levels, walk};
 use llamac::compare::reproducer::Reproducer;
 use llamac::compile::CompileError;
@@ -64,6 +64,9 @@ pub fn check(options: &Options, screen: &Screen) -> Result<(), CliError> {
     }
     let (backends, how) = devices(options, screen)?;
     let mut table = cases();
+    if matches!(backends.first(), Some(Backend::Cuda(_))) {
+        table.extend(gpu(options.exhaustive));
+    }
     table.extend(random(options.seed, RANDOM[usize::from(options.exhaustive)]));
     table.retain(|case| case.name.contains(&options.filter));
     if table.is_empty() {
