@@ -136,7 +136,7 @@ fn run(case: &Case, text: &str, seed: u64) -> Result<Vec<(String, String, Vec<u8
         dynamic_shared: case.shared,
     };
     // Kernels hold under both ways to add.
-    let sums = if seed % 2 == 0 { Sums::Truncated } else { Sums::Exact };
+    let sums = if seed.is_multiple_of(2) { Sums::Truncated } else { Sums::Exact };
     let options = Options { sm: case.sm.parse().expect("a machine"), seed, sums };
     launch(&module.kernels[0], &grid, &params, &mut memory, &options)?;
     let read = |(name, ty, address, len): (String, String, u64, usize)| {

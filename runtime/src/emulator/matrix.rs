@@ -9,7 +9,7 @@
 
 use super::Sums;
 use super::arithmetic::{LANES, Narrow};
-use super::float::{Format, bf16, f16, sum_to_odd};
+use super::float::{Format, bf16, f16, power_of_two, sum_to_odd};
 use crate::ptx::{MatrixType, Rounding, Type};
 
 /// Rows of A and D.
@@ -21,26 +21,18 @@ const MAX_K: usize = 32;
 /// Bits below the largest term's leading one that take part in a sum.
 const FRACTION_BITS: u32 = 24;
 
-/// Bits of an element of A and B.
-fn element_bits(ty: MatrixType) -> usize {
-    match ty {
-        MatrixType::Bf16 | MatrixType::F16 => 16,
-        MatrixType::S8 | MatrixType::U8 => 8,
-    }
-}
-
-/// Row and k of element `i` of A in a lane, where a register holds `per` elements.
-fn place_a(lane: usize, i: usize, per: usize) -> (usize, usize) {
+/// Row and k of element `i` of A in a lane, where a register holds `PER` elements.
+fn place_a<const PER: usize>(lane: usize, i: usize) -> (usize, usize) {
     let (g, t) = (lane / 4, lane % 4);
-    let (register, part) = (i / per, i % per);
-    (g + 8 * (register % 2), t * per + part + 4 * per * (register / 2))
+    let (register, part) = (i / PER, i % PER);
+    (g + 8 * (register % 2), t * PER + part + 4 * PER * (register / 2))
 }
 
 /// k and column of element `i` of B in a lane.
-fn place_b(lane: usize, i: usize, per: usize) -> (usize, usize) {
+fn place_b<const PER: usize>(lane: usize, i: usize) -> (usize, usize) {
     let (g, t) = (lane / 4, lane % 4);
-    let (register, part) = (i / per, i % per);
-    (t * per + part + 4 * per * register, g)
+    let (register, part) = (i / PER, i % PER);
+    (t * PER + part + 4 * PER * register, g)
 }
 
 /// Row and column of element `i` of C and D in a lane.
@@ -49,14 +41,13 @@ fn place_c(lane: usize, i: usize) -> (usize, usize) {
 }
 
 /// A fragment's elements of 8 or 16 bits, from its registers.
-fn element(registers: &[&Narrow], lane: usize, i: usize, per: usize) -> u32 {
-    let bits = 32 / per as u32;
-    registers[i / per][lane] >> (bits * (i % per) as u32) & ((1 << bits) - 1)
+fn element<const PER: usize>(registers: &[&Narrow], lane: usize, i: usize) -> u32 {
+    let bits = 32 / PER as u32;
+    registers[i / PER][lane] >> (bits * (i % PER) as u32) & ((1 << bits) - 1)
 }
 
 /// A and B as matrices, each element by the function of its operand.
-fn matrices<T: Copy + Default>(
-    per: usize,
+fn matrices<const PER: usize, T: Copy + Default>(
     [a, b]: [&[&Narrow]; 2],
     of_a: impl Fn(u32) -> T,
     of_b: impl Fn(u32) -> T,
@@ -64,13 +55,13 @@ fn matrices<T: Copy + Default>(
     let mut left = [[T::default(); MAX_K]; M];
     let mut right = [[T::default(); N]; MAX_K];
     for lane in 0..LANES {
-        for i in 0..per * a.len() {
-            let (row, k) = place_a(lane, i, per);
-            left[row][k] = of_a(element(a, lane, i, per));
+        for i in 0..PER * a.len() {
+            let (row, k) = place_a::<PER>(lane, i);
+            left[row][k] = of_a(element::<PER>(a, lane, i));
         }
-        for i in 0..per * b.len() {
-            let (k, column) = place_b(lane, i, per);
-            right[k][column] = of_b(element(b, lane, i, per));
+        for i in 0..PER * b.len() {
+            let (k, column) = place_b::<PER>(lane, i);
+            right[k][column] = of_b(element::<PER>(b, lane, i));
         }
     }
     (left, right)
@@ -85,17 +76,20 @@ pub fn mma(
     sums: Sums,
     [a, b, c]: [&[&Narrow]; 3],
 ) -> [Narrow; 4] {
-    let per = 32 / element_bits(types.0);
     let mut d = [[0; LANES]; 4];
     let places = (0..LANES).flat_map(|lane| (0..4).map(move |i| (lane, i, place_c(lane, i))));
     match types.0 {
         MatrixType::Bf16 | MatrixType::F16 => {
-            let value = if types.0 == MatrixType::Bf16 { bf16 } else { f16 };
-            let (left, right) = matrices(per, [a, b], value, value);
+            let (left, right) = match types.0 {
+                MatrixType::Bf16 => {
+                    matrices::<2, f64>([a, b], |x| f64::from(bf16(x)), |x| f64::from(bf16(x)))
+                }
+                _ => matrices::<2, f64>([a, b], |x| f64::from(f16(x)), |x| f64::from(f16(x))),
+            };
             let mut sum = [[0.0; N]; M];
             for (lane, i, (row, column)) in places.clone() {
                 let wide = || f32::from_bits(c[i][lane]);
-                sum[row][column] = if narrow { f16(element(c, lane, i, 2)) } else { wide() };
+                sum[row][column] = if narrow { f16(element::<2>(c, lane, i)) } else { wide() };
             }
             for (left, sum) in left.iter().zip(&mut sum) {
                 match sums {
@@ -116,7 +110,7 @@ pub fn mma(
         MatrixType::S8 | MatrixType::U8 => {
             let value =
                 |ty| move |bits| if ty == MatrixType::S8 { i32::from(bits as u8 as i8) } else { bits as i32 };
-            let (left, right) = matrices(per, [a, b], value(types.0), value(types.1));
+            let (left, right) = matrices::<4, i32>([a, b], value(types.0), value(types.1));
             for (lane, i, (row, column)) in places {
                 let product: i32 = (0..k).map(|k| left[row][k] * right[k][column]).sum();
                 let c = c[i][lane] as i32;
@@ -131,71 +125,48 @@ pub fn mma(
 /// Terms that are aligned together (sm_80: 8; Fasi et al., section 4).
 const BLOCK: usize = 8;
 
-/// `sum += left * right`, in blocks: all terms are cut to multiples of one unit, the largest term's last bit, and added as
-/// integers; the sum is cut to 24 bits.
-fn row_truncated(left: &[f32], right: &[[f32; N]], sum: &mut [f32; N]) {
+/// `sum += left * right`, in blocks: the magnitudes of all terms are cut to multiples of one unit, [`FRACTION_BITS`] below
+/// the largest term, and added without error; the sum is cut to an f32. Infinities and NaNs find their way by themselves.
+fn row_truncated(left: &[f64], right: &[[f64; N]], sum: &mut [f32; N]) {
+    const EXPONENT: u64 = 0x7FF << 52;
     for (left, right) in left.chunks(BLOCK).zip(right.chunks(BLOCK)) {
-        // Products of two halves are exact in f32 but for those below 2^-126, which are below every unit here.
-        let mut terms = [[0.0; N]; BLOCK];
-        let mut largest = sum.map(|sum| sum.to_bits() & 0x7FFF_FFFF);
-        for ((left, right), terms) in left.iter().zip(right).zip(&mut terms) {
+        let before = sum.map(f64::from);
+        let mut largest = before.map(f64::abs);
+        for (left, right) in left.iter().zip(right) {
             for n in 0..N {
-                terms[n] = left * right[n];
-                largest[n] = largest[n].max(terms[n].to_bits() & 0x7FFF_FFFF);
+                let term = (left * right[n]).abs();
+                largest[n] = if term > largest[n] { term } else { largest[n] };
             }
         }
-        if largest.iter().any(|&bits| bits >= 0x7F80_0000) {
-            row_with_infinities(&terms, sum, largest);
-            continue;
-        }
-        // `unit = 2^(exponent of the largest - 24)`; at least 2^-126, so that it and its inverse are normal numbers.
-        let mut inverse = [0.0; N];
-        let mut unit = [0.0; N];
+        // No product of halves is below 2^-300, so neither is a unit; where all terms are 0 any will do.
+        let exponent =
+            largest.map(|largest| largest.clamp(power_of_two(-300), power_of_two(900)).to_bits() & EXPONENT);
+        let unit = exponent.map(|bits| f64::from_bits(bits - (u64::from(FRACTION_BITS) << 52)));
+        // Adding so much, and half of it so that the sum never falls below, rounds to a unit. Terms have 24 bits, so what is less than a half by this little makes the
+        // nearest multiple the one below.
+        let rounder = unit.map(|unit| unit * 1.5 * power_of_two(52));
+        let half = unit.map(|unit| unit * (0.5 - power_of_two(-30)));
+        let cut = |n: usize, term: f64| (term.abs() - half[n] + rounder[n] - rounder[n]).copysign(term);
+        let mut total = [0.0; N];
         for n in 0..N {
-            let exponent = (largest[n] >> 23).max(FRACTION_BITS + 1);
-            unit[n] = f32::from_bits((exponent - FRACTION_BITS) << 23);
-            inverse[n] = f32::from_bits((254 + FRACTION_BITS - exponent) << 23);
+            total[n] = cut(n, before[n]);
         }
-        let mut total = [0i32; N];
-        for n in 0..N {
-            total[n] = (sum[n] * inverse[n]) as i32;
-        }
-        for terms in &terms {
+        for (left, right) in left.iter().zip(right) {
             for n in 0..N {
-                // Truncates. A term is below 2^25, nine of them below 2^29.
-                total[n] += (terms[n] * inverse[n]) as i32;
+                total[n] += cut(n, left * right[n]);
             }
         }
-        for n in 0..N {
-            let magnitude = total[n].abs();
-            let nearest = magnitude as f32;
-            let above = u32::from(nearest as i32 > magnitude);
-            let cut = f32::from_bits(nearest.to_bits() - above);
-            sum[n] = cut.copysign(total[n] as f32) * unit[n];
-        }
-    }
-}
-
-/// A block with a term or a sum that is no finite number: those columns are added one by one.
-fn row_with_infinities(terms: &[[f32; N]; BLOCK], sum: &mut [f32; N], largest: [u32; N]) {
-    for n in 0..N {
-        if largest[n] >= 0x7F80_0000 {
-            sum[n] = terms.iter().fold(sum[n], |sum, terms| sum + terms[n]);
-            continue;
-        }
-        let mut one = [sum[n]; N];
-        let column = std::array::from_fn::<_, BLOCK, _>(|at| [terms[at][n]; N]);
-        row_truncated(&[1.0; BLOCK], &column, &mut one);
-        sum[n] = one[0];
+        // The 29 bits of an f64 that an f32 does not have.
+        *sum = total.map(|total| f64::from_bits(total.to_bits() & !0x1FFF_FFFF) as f32);
     }
 }
 
 /// `sum += left * right`, rounded once.
 ///
 /// Method: Shewchuk, "Adaptive Precision Floating-Point Arithmetic" (1997): the sum is kept as numbers that do not overlap.
-fn row_exact(left: &[f32], right: &[[f32; N]], sum: &mut [f32; N]) {
+fn row_exact(left: &[f64], right: &[[f64; N]], sum: &mut [f32; N]) {
     for n in 0..N {
-        let products = left.iter().zip(right).map(|(left, right)| f64::from(*left) * f64::from(right[n]));
+        let products = left.iter().zip(right).map(|(left, right)| left * right[n]);
         let terms = products.chain([f64::from(sum[n])]);
         if terms.clone().any(|term| !term.is_finite()) {
             sum[n] = terms.sum::<f64>() as f32;
@@ -233,12 +204,12 @@ mod tests {
     #[test]
     fn fragments_are_those_of_the_isa() {
         // "Matrix Fragments for mma.m16n8k16 with floating point type", A: for lane 0 (T0) and lane 5 (T5), a0 to a7.
-        let a = |lane| (0..8).map(|i| place_a(lane, i, 2)).collect::<Vec<_>>();
+        let a = |lane| (0..8).map(|i| place_a::<2>(lane, i)).collect::<Vec<_>>();
         assert_eq!(a(0), [(0, 0), (0, 1), (8, 0), (8, 1), (0, 8), (0, 9), (8, 8), (8, 9)]);
         assert_eq!(a(5), [(1, 2), (1, 3), (9, 2), (9, 3), (1, 10), (1, 11), (9, 10), (9, 11)]);
         assert_eq!(a(31)[7], (15, 15));
         // B: b0 to b3.
-        let b = |lane| (0..4).map(|i| place_b(lane, i, 2)).collect::<Vec<_>>();
+        let b = |lane| (0..4).map(|i| place_b::<2>(lane, i)).collect::<Vec<_>>();
         assert_eq!(b(0), [(0, 0), (1, 0), (8, 0), (9, 0)]);
         assert_eq!(b(30), [(4, 7), (5, 7), (12, 7), (13, 7)]);
         // C and D: c0 to c3.
@@ -246,12 +217,12 @@ mod tests {
         assert_eq!(c(0), [(0, 0), (0, 1), (8, 0), (8, 1)]);
         assert_eq!(c(31), [(7, 6), (7, 7), (15, 6), (15, 7)]);
         // "Matrix Fragments for mma.m16n8k32", A: a0 to a15.
-        let a: Vec<_> = (0..16).map(|i| place_a(6, i, 4)).collect();
+        let a: Vec<_> = (0..16).map(|i| place_a::<4>(6, i)).collect();
         assert_eq!(a[..4], [(1, 8), (1, 9), (1, 10), (1, 11)]);
         assert_eq!(a[4..8], [(9, 8), (9, 9), (9, 10), (9, 11)]);
         assert_eq!(a[8..12], [(1, 24), (1, 25), (1, 26), (1, 27)]);
         assert_eq!(a[12..], [(9, 24), (9, 25), (9, 26), (9, 27)]);
-        let b: Vec<_> = (0..8).map(|i| place_b(6, i, 4)).collect();
+        let b: Vec<_> = (0..8).map(|i| place_b::<4>(6, i)).collect();
         assert_eq!(b, [(8, 1), (9, 1), (10, 1), (11, 1), (24, 1), (25, 1), (26, 1), (27, 1)]);
         // ldmatrix: thread 0 has row 0's elements 0 and 1, thread 4 row 1's.
         assert_eq!(place_ldmatrix(4, false), [(1, 0), (1, 1)]);
@@ -260,7 +231,8 @@ mod tests {
     }
 
     fn dot(left: &[f32], right: &[f32], c: f32, sums: Sums) -> f32 {
-        let right: Vec<[f32; N]> = right.iter().map(|&value| [value; N]).collect();
+        let left: &Vec<f64> = &left.iter().map(|&value| f64::from(value)).collect();
+        let right: Vec<[f64; N]> = right.iter().map(|&value| [f64::from(value); N]).collect();
         let mut sum = [c; N];
         match sums {
             Sums::Truncated => row_truncated(left, &right, &mut sum),
@@ -282,6 +254,8 @@ mod tests {
         // Towards zero, on both sides.
         assert_eq!(dot(&ones[..1], &[1.0], 33_554_430.0, Sums::Truncated), 33_554_430.0);
         assert_eq!(dot(&ones[..1], &[-1.0], -33_554_430.0, Sums::Truncated), -33_554_430.0);
+        // A zero stays one, and the last bit does.
+        assert_eq!(dot(&ones, &[0.0; 8], 16_777_215.0, Sums::Truncated), 16_777_215.0);
         // Two blocks: the second sees what is left of the first.
         let large: Vec<f32> = [1.0; 8].into_iter().chain([2f32.powi(30)]).collect();
         assert_eq!(dot(&[1.0; 9], &large, 0.0, Sums::Truncated), 2f32.powi(30));

@@ -27,8 +27,6 @@ const STRONG: u8 = 0x10;
 const NON_COHERENT: u8 = 0x20;
 /// A copy that nobody has waited for: nothing comes after it.
 const IN_FLIGHT: u8 = 0x40;
-/// The word's bytes have cells of their own.
-const SPLIT: u8 = 0x80;
 
 /// An access, as the shadow remembers it. The empty one has clock 0, before everything.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -118,12 +116,13 @@ impl Knowledge {
     }
 
     /// Did the access come before what `lane` does now?
-    #[inline]
+    #[inline(always)]
     fn after(&self, cell: &Cell, lane: u8) -> bool {
         let warp = cell.agent.wrapping_sub(self.first) as usize;
         self.seen.get(warp).is_some_and(|&seen| cell.clock <= seen) || self.after_by_lane(cell, lane)
     }
 
+    #[inline(never)]
     fn after_by_lane(&self, cell: &Cell, lane: u8) -> bool {
         if cell.clock == 0 || cell.in_flight() {
             return cell.clock == 0;
@@ -272,17 +271,29 @@ pub struct Conflict {
     pub non_coherent: bool,
 }
 
+/// A cell that an access is not ordered with; whether it wrote; whether `.nc` is what is wrong.
+type Found = (Cell, bool, bool);
+
 /// Cells of consecutive words, or of the bytes of one.
 #[derive(Clone, Debug)]
 struct Page {
     writes: Vec<Cell>,
-    /// So many for each write.
-    reads: Vec<Cell>,
+    /// As many cells for each slot.
+    reads: Vec<Vec<Cell>>,
+    /// Words of the page have their bytes apart, so all are looked up by bytes.
+    split: bool,
 }
 
 impl Page {
     fn new(words: usize, slots: usize) -> Page {
-        Page { writes: vec![Cell::default(); words], reads: vec![Cell::default(); words * slots] }
+        let cells = vec![Cell::default(); words];
+        Page { reads: vec![cells.clone(); slots], writes: cells, split: false }
+    }
+
+    /// The cells of a word, for each of its bytes.
+    fn word(&self, index: usize) -> Page {
+        let four = |cells: &Vec<Cell>| vec![cells[index]; 4];
+        Page { writes: four(&self.writes), reads: self.reads.iter().map(four).collect(), split: false }
     }
 }
 
@@ -341,31 +352,39 @@ impl Shadow {
             let lane = if how.whole { WHOLE } else { lane as u8 };
             Cell { agent: who.agent, clock, pc: how.pc, lane, flags }
         };
+        let judge = Judge { who, how, slots: self.slots, by_warp: self.by_warp };
+        let conflict = |at: usize, lane: u32, (other, other_wrote, non_coherent): Found| Conflict {
+            at,
+            lane,
+            other,
+            other_wrote,
+            non_coherent,
+        };
         // Accesses are aligned to their size, so one of 4 bytes or more has whole words.
         let step = bytes.min(4);
-        let (slots, by_warp) = (self.slots, self.by_warp);
+        let lanes_shift = bytes.trailing_zeros();
         let mut at = offset;
         while at < offset + len {
-            let (word, lane) = (at / 4, first + ((at - offset) / bytes) as u32);
-            let page = Shadow::page(&mut self.pages, slots, word / PAGE_WORDS);
+            let word = at / 4;
+            let page = Shadow::page(&mut self.pages, self.slots, word / PAGE_WORDS);
             let index = word % PAGE_WORDS;
-            let judge = Judge { who, how, slots, by_warp };
-            let found = if step == 4 && page.writes[index].flags & SPLIT == 0 {
-                judge.judge(page, index, cell(lane))
-            } else {
-                let split = self.split.entry(word).or_insert_with(|| split(page, index, slots));
-                page.writes[index].flags |= SPLIT;
-                let cell = cell(lane);
-                (at % 4..at % 4 + step).try_for_each(|byte| judge.judge(split, byte, cell))
-            };
-            found.map_err(|(other, other_wrote, non_coherent)| Conflict {
-                at,
-                lane,
-                other,
-                other_wrote,
-                non_coherent,
-            })?;
-            at += step;
+            if step < 4 || page.split {
+                let lane = first + ((at - offset) >> lanes_shift) as u32;
+                let split = self.split.entry(word).or_insert_with(|| page.word(index));
+                page.split = true;
+                let mut bytes = at % 4..at % 4 + step;
+                bytes
+                    .try_for_each(|byte| judge.judge(split, byte, cell(lane)))
+                    .map_err(|found| conflict(at, lane, found))?;
+                at += step;
+                continue;
+            }
+            let words = (PAGE_WORDS - index).min((offset + len - at) / 4);
+            for index in index..index + words {
+                let lane = first + ((at - offset) >> lanes_shift) as u32;
+                judge.judge(page, index, cell(lane)).map_err(|found| conflict(at, lane, found))?;
+                at += 4;
+            }
         }
         Ok(())
     }
@@ -411,16 +430,6 @@ impl Shadow {
     }
 }
 
-/// The cells of a word, for each of its bytes.
-fn split(page: &Page, index: usize, slots: usize) -> Page {
-    let mut bytes = Page::new(4, slots);
-    bytes.writes.fill(page.writes[index]);
-    for byte in 0..4 {
-        bytes.reads[byte * slots..][..slots].copy_from_slice(&page.reads[index * slots..][..slots]);
-    }
-    bytes
-}
-
 /// One access, on its way through the words that it touches.
 struct Judge<'a> {
     who: &'a Knowledge,
@@ -431,20 +440,20 @@ struct Judge<'a> {
 
 impl Judge<'_> {
     /// Compares an access with those before it, and remembers it.
-    #[inline]
-    fn judge(&self, page: &mut Page, index: usize, cell: Cell) -> Result<(), (Cell, bool, bool)> {
-        let (slots, who) = (self.slots, self.who);
-        let wrote = page.writes[index];
+    #[inline(always)]
+    fn judge(&self, page: &mut Page, index: usize, cell: Cell) -> Result<(), Found> {
+        let who = self.who;
+        let wrote = &mut page.writes[index];
         let both_strong = |other: &Cell| other.flags & cell.flags & STRONG != 0;
-        if !who.after(&wrote, cell.lane) && !both_strong(&wrote) {
-            return Err((wrote, true, false));
+        if !who.after(wrote, cell.lane) && !both_strong(wrote) {
+            return Err((*wrote, true, false));
         }
         if self.how.non_coherent && wrote.clock != 0 {
-            return Err((wrote, true, true));
+            return Err((*wrote, true, true));
         }
-        let reads = &mut page.reads[index * slots..][..slots];
         if self.how.write {
-            for read in reads.iter() {
+            for read in &page.reads {
+                let read = &read[index];
                 if read.clock != 0 && read.flags & NON_COHERENT != 0 {
                     return Err((*read, false, true));
                 }
@@ -452,12 +461,12 @@ impl Judge<'_> {
                     return Err((*read, false, false));
                 }
             }
-            page.writes[index] = Cell { flags: cell.flags | wrote.flags & SPLIT, ..cell };
+            *wrote = cell;
             return Ok(());
         }
-        let slot = if self.by_warp { Some(who.own()) } else { self.slot(reads, cell.lane) };
+        let slot = if self.by_warp { Some(who.own()) } else { self.slot(&page.reads, index, cell.lane) };
         if let Some(slot) = slot {
-            let read = &mut reads[slot];
+            let read = &mut page.reads[slot][index];
             // A word that several lanes of the warp have read, unordered among themselves, is read by all.
             let several = read.agent == cell.agent && read.lane != cell.lane && !who.after(read, cell.lane);
             let flags = if several { cell.flags & (read.flags | !STRONG) } else { cell.flags };
@@ -467,13 +476,13 @@ impl Judge<'_> {
     }
 
     /// Which of the reads of global memory gives way, if one does: the warp's own; one that came before; where all are of
-    /// the warp's own CTA or none is, the last.
-    fn slot(&self, reads: &[Cell], lane: u8) -> Option<usize> {
+    /// other CTAs, the last.
+    fn slot(&self, reads: &[Vec<Cell>], index: usize, lane: u8) -> Option<usize> {
         let cta = |cell: &Cell| cell.agent.wrapping_sub(self.who.first) < self.who.seen.len() as u32;
-        let own = reads.iter().position(|read| read.clock != 0 && read.agent == self.who.agent);
-        let old = || reads.iter().position(|read| self.who.after(read, lane));
-        let same = reads.iter().filter(|read| cta(read)).count();
-        own.or_else(old).or((same == 0).then_some(reads.len() - 1))
+        let mut reads = reads.iter().map(|slot| &slot[index]);
+        let own = reads.clone().position(|read| read.clock != 0 && read.agent == self.who.agent);
+        let old = || reads.clone().position(|read| self.who.after(read, lane));
+        own.or_else(old).or_else(|| (!reads.any(cta)).then_some(self.slots - 1))
     }
 }
 
