@@ -91,12 +91,7 @@ pub fn mma(
                 let wide = || f32::from_bits(c[i][lane]);
                 sum[row][column] = if narrow { f16(element::<2>(c, lane, i)) } else { wide() };
             }
-            for (left, sum) in left.iter().zip(&mut sum) {
-                match sums {
-                    Sums::Truncated => row_truncated(&left[..k], &right[..k], sum),
-                    Sums::Exact => row_exact(&left[..k], &right[..k], sum),
-                }
-            }
+            add_products(&left, &right[..k], &mut sum, sums);
             for (lane, i, (row, column)) in places {
                 let value = sum[row][column];
                 if narrow {
@@ -122,11 +117,38 @@ pub fn mma(
     d
 }
 
+/// `sum += left * right`, row by row. Where a term is infinite or no number, so is the sum, however it is added.
+fn add_products(left: &[[f64; MAX_K]], right: &[[f64; N]], sum: &mut [[f32; N]], sums: Sums) {
+    let k = right.len();
+    let before = sum.iter().flatten().map(|&x| f64::from(x));
+    let special = special(left.iter().flatten().chain(right.iter().flatten()).copied().chain(before));
+    for (left, sum) in left.iter().zip(sum) {
+        let plain = |n: usize, before: f32| {
+            left.iter().zip(right).fold(f64::from(before), |sum, (left, right)| sum + left * right[n])
+        };
+        let before = *sum;
+        match sums {
+            Sums::Truncated => row_truncated(&left[..k], right, sum),
+            Sums::Exact => row_exact(&left[..k], right, sum),
+        }
+        for n in (0..N).filter(|_| special) {
+            let plain = plain(n, before[n]);
+            sum[n] = if plain.is_finite() { sum[n] } else { plain as f32 };
+        }
+    }
+}
+
+/// Is one of the numbers infinite or no number?
+fn special(numbers: impl Iterator<Item = f64>) -> bool {
+    // One more in the exponent reaches the sign where all its bits are set.
+    numbers.fold(0, |all, x| all | (x.abs().to_bits() + (1 << 52))) >> 63 == 1
+}
+
 /// Terms that are aligned together (sm_80: 8; Fasi et al., section 4).
 const BLOCK: usize = 8;
 
 /// `sum += left * right`, in blocks: the magnitudes of all terms are cut to multiples of one unit, [`FRACTION_BITS`] below
-/// the largest term, and added without error; the sum is cut to an f32. Infinities and NaNs find their way by themselves.
+/// the largest term, and added without error; the sum is cut to an f32. All terms are finite.
 fn row_truncated(left: &[f64], right: &[[f64; N]], sum: &mut [f32; N]) {
     const EXPONENT: u64 = 0x7FF << 52;
     for (left, right) in left.chunks(BLOCK).zip(right.chunks(BLOCK)) {
@@ -142,22 +164,28 @@ fn row_truncated(left: &[f64], right: &[[f64; N]], sum: &mut [f32; N]) {
         let exponent =
             largest.map(|largest| largest.clamp(power_of_two(-300), power_of_two(900)).to_bits() & EXPONENT);
         let unit = exponent.map(|bits| f64::from_bits(bits - (u64::from(FRACTION_BITS) << 52)));
-        // Adding so much, and half of it so that the sum never falls below, rounds to a unit. Terms have 24 bits, so what is less than a half by this little makes the
+        // Beside so large a number, half of it added so that nothing falls below a power of two, the last bit is a unit:
+        // its bits count units. Terms have 24 bits, so taking away what is less than a half by this little makes the
         // nearest multiple the one below.
-        let rounder = unit.map(|unit| unit * 1.5 * power_of_two(52));
+        let counter = unit.map(|unit| unit * 1.5 * power_of_two(52));
         let half = unit.map(|unit| unit * (0.5 - power_of_two(-30)));
-        let cut = |n: usize, term: f64| (term.abs() - half[n] + rounder[n] - rounder[n]).copysign(term);
-        let mut total = [0.0; N];
+        let units = |n: usize, term: f64| (term - half[n].copysign(term) + counter[n]).to_bits();
+        let mut count = [0u64; N];
         for n in 0..N {
-            total[n] = cut(n, before[n]);
+            count[n] = units(n, before[n]);
         }
         for (left, right) in left.iter().zip(right) {
             for n in 0..N {
-                total[n] += cut(n, left * right[n]);
+                count[n] = count[n].wrapping_add(units(n, left * right[n]));
             }
         }
-        // The 29 bits of an f64 that an f32 does not have.
-        *sum = total.map(|total| f64::from_bits(total.to_bits() & !0x1FFF_FFFF) as f32);
+        let terms = left.len() as u64;
+        for n in 0..N {
+            let total =
+                f64::from_bits(count[n].wrapping_sub(terms.wrapping_mul(counter[n].to_bits()))) - counter[n];
+            // The 29 bits of an f64 that an f32 does not have.
+            sum[n] = f64::from_bits(total.to_bits() & !0x1FFF_FFFF) as f32;
+        }
     }
 }
 
@@ -168,10 +196,6 @@ fn row_exact(left: &[f64], right: &[[f64; N]], sum: &mut [f32; N]) {
     for n in 0..N {
         let products = left.iter().zip(right).map(|(left, right)| left * right[n]);
         let terms = products.chain([f64::from(sum[n])]);
-        if terms.clone().any(|term| !term.is_finite()) {
-            sum[n] = terms.sum::<f64>() as f32;
-            continue;
-        }
         let mut parts: Vec<f64> = Vec::new();
         for mut term in terms {
             parts.retain_mut(|part| {
@@ -192,7 +216,7 @@ fn row_exact(left: &[f64], right: &[[f64; N]], sum: &mut [f32; N]) {
 /// Where lane `lane` of `ldmatrix` has its two elements of an 8 x 8 matrix: (row, column) each.
 pub fn place_ldmatrix(lane: usize, trans: bool) -> [(usize, usize); 2] {
     let (g, t) = (lane / 4, lane % 4);
-    [0, 1].map(|i| if trans { (2 * t + i, g) } else { (g, 2 * t + i) })
+    if trans { [(2 * t, g), (2 * t + 1, g)] } else { [(g, 2 * t), (g, 2 * t + 1)] }
 }
 
 #[cfg(test)]
@@ -231,13 +255,12 @@ mod tests {
     }
 
     fn dot(left: &[f32], right: &[f32], c: f32, sums: Sums) -> f32 {
-        let left: &Vec<f64> = &left.iter().map(|&value| f64::from(value)).collect();
+        let mut row = [0.0; MAX_K];
+        row.iter_mut().zip(left).for_each(|(to, &from)| *to = f64::from(from));
         let right: Vec<[f64; N]> = right.iter().map(|&value| [f64::from(value); N]).collect();
-        let mut sum = [c; N];
-        match sums {
-            Sums::Truncated => row_truncated(left, &right, &mut sum),
-            Sums::Exact => row_exact(left, &right, &mut sum),
-        }
+        let mut sum = [[c; N]];
+        add_products(&[row], &right, &mut sum, sums);
+        let [sum] = sum;
         assert!(sum.iter().all(|value| value.to_bits() == sum[0].to_bits()));
         sum[0]
     }
@@ -260,6 +283,8 @@ mod tests {
         let large: Vec<f32> = [1.0; 8].into_iter().chain([2f32.powi(30)]).collect();
         assert_eq!(dot(&[1.0; 9], &large, 0.0, Sums::Truncated), 2f32.powi(30));
         assert!(dot(&ones, &[f32::INFINITY; 8], -1.0, Sums::Truncated).is_infinite());
+        let early: Vec<f32> = [f32::NAN].into_iter().chain([1.0; 7]).collect();
+        assert!(dot(&ones, &early, 1.0, Sums::Truncated).is_nan());
         assert!(dot(&[0.0; 8], &[f32::INFINITY; 8], -1.0, Sums::Exact).is_nan());
     }
 

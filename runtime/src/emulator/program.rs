@@ -4,6 +4,7 @@
 //! values that are never alive together share one. A value that may be read before it is written is alive from the
 //! beginning, so its register is nobody else's and stays undefined.
 
+use super::counts::Class;
 use super::flow;
 use crate::ptx::{BarrierOp, Kernel, Op, Pred, Reg, VoteMode};
 
@@ -25,6 +26,7 @@ pub struct Program {
 pub(super) struct Step {
     pub op: Op,
     pub line: u32,
+    pub class: Class,
     pub guard: Option<(Pred, bool)>,
     /// Its index. More than 65,535 instructions are refused at the launch.
     pub pc: u16,
@@ -179,6 +181,7 @@ impl Program {
             let mut step = Step {
                 op: instruction.op.clone(),
                 line: instruction.line,
+                class: Class::of(&instruction.op),
                 guard: instruction.guard,
                 pc: at as u16,
                 join: joins[at],

@@ -7,19 +7,22 @@
 //!
 //! Method: vector clocks and shadow memory, as FastTrack (Flanagan and Freund, 2009). A warp has one clock, raised at each
 //! release; what it knows of another warp is the clock up to which that one's accesses came before. Where lanes of one
-//! warp are concerned the lane counts too. The shadow keeps for each word the last write, and reads: in shared memory the
-//! last of each warp, in global memory some, of different CTAs where there are several.
+//! warp are concerned the lane counts too. The shadow keeps for each granule of 1 to 16 bytes, which is as small as the
+//! accesses that it saw, the last write and reads: in shared memory the last of each warp, in global memory some, of
+//! different CTAs where there are several.
 //!
-//! * Never: reports accesses that are ordered. It may miss a race where more reads of a word are unordered than are kept.
+//! * Never: reports accesses that are ordered. It may miss a race where more reads are unordered than are kept.
 
 use std::collections::{BTreeMap, HashMap};
 
 /// For a lane's number: all lanes of the warp.
 pub const WHOLE: u8 = 32;
-/// Reads of a word that the shadow of global memory keeps.
+/// Reads of a granule that the shadow of global memory keeps.
 const GLOBAL_READS: usize = 4;
-/// Words of a page of the shadow.
-const PAGE_WORDS: usize = 512;
+/// Bytes of a page of the shadow.
+const PAGE_BYTES: usize = 1024;
+/// The largest access of a lane, and the least that a lane's bytes are known by.
+const LARGEST_GRANULE: usize = 16;
 
 /// The access may meet others of its kind: an atomic, a relaxed or volatile one.
 const STRONG: u8 = 0x10;
@@ -274,40 +277,41 @@ pub struct Conflict {
 /// A cell that an access is not ordered with; whether it wrote; whether `.nc` is what is wrong.
 type Found = (Cell, bool, bool);
 
-/// Cells of consecutive words, or of the bytes of one.
+/// Cells of consecutive bytes, one for each granule of them: as few as the accesses so far allow.
 #[derive(Clone, Debug)]
 struct Page {
+    /// Bytes of a granule, a power of two. No access to the page is smaller.
+    granule: usize,
     writes: Vec<Cell>,
     /// As many cells for each slot.
     reads: Vec<Vec<Cell>>,
-    /// Words of the page have their bytes apart, so all are looked up by bytes.
-    split: bool,
 }
 
 impl Page {
-    fn new(words: usize, slots: usize) -> Page {
-        let cells = vec![Cell::default(); words];
-        Page { reads: vec![cells.clone(); slots], writes: cells, split: false }
+    fn new(slots: usize) -> Page {
+        let cells = vec![Cell::default(); PAGE_BYTES / LARGEST_GRANULE];
+        Page { granule: LARGEST_GRANULE, reads: vec![cells.clone(); slots], writes: cells }
     }
 
-    /// The cells of a word, for each of its bytes.
-    fn word(&self, index: usize) -> Page {
-        let four = |cells: &Vec<Cell>| vec![cells[index]; 4];
-        Page { writes: four(&self.writes), reads: self.reads.iter().map(four).collect(), split: false }
+    /// Makes granules as small as an access of so many bytes.
+    fn refine(&mut self, bytes: usize) {
+        let times = self.granule / bytes;
+        for cells in self.reads.iter_mut().chain([&mut self.writes]) {
+            *cells = cells.iter().flat_map(|cell| std::iter::repeat_n(*cell, times)).collect();
+        }
+        self.granule = bytes;
     }
 }
 
-/// Who accessed a memory last, word by word.
+/// Who accessed a memory last.
 #[derive(Debug)]
 pub struct Shadow {
     pages: Vec<Option<Page>>,
-    /// Reads that are kept of a word.
+    /// Reads that are kept of a granule.
     slots: usize,
     /// Has each warp of the CTA a read of its own?
     by_warp: bool,
-    /// Words whose bytes have cells of their own.
-    split: HashMap<usize, Page>,
-    /// What was released at a word.
+    /// What was released, by the first byte.
     released: HashMap<usize, Message>,
 }
 
@@ -323,14 +327,14 @@ impl Shadow {
     }
 
     fn new(slots: usize, by_warp: bool) -> Shadow {
-        Shadow { pages: Vec::new(), slots, by_warp, split: HashMap::new(), released: HashMap::new() }
+        Shadow { pages: Vec::new(), slots, by_warp, released: HashMap::new() }
     }
 
     fn page(pages: &mut Vec<Option<Page>>, slots: usize, at: usize) -> &mut Page {
         if pages.len() <= at {
             pages.resize(at + 1, None);
         }
-        pages[at].get_or_insert_with(|| Page::new(PAGE_WORDS, slots))
+        pages[at].get_or_insert_with(|| Page::new(slots))
     }
 
     /// Lanes from `first` on access `len` bytes from `offset` on, `bytes` each.
@@ -353,70 +357,55 @@ impl Shadow {
             Cell { agent: who.agent, clock, pc: how.pc, lane, flags }
         };
         let judge = Judge { who, how, slots: self.slots, by_warp: self.by_warp };
-        let conflict = |at: usize, lane: u32, (other, other_wrote, non_coherent): Found| Conflict {
-            at,
-            lane,
-            other,
-            other_wrote,
-            non_coherent,
-        };
-        // Accesses are aligned to their size, so one of 4 bytes or more has whole words.
-        let step = bytes.min(4);
-        let lanes_shift = bytes.trailing_zeros();
+        let lane_shift = bytes.trailing_zeros();
         let mut at = offset;
         while at < offset + len {
-            let word = at / 4;
-            let page = Shadow::page(&mut self.pages, self.slots, word / PAGE_WORDS);
-            let index = word % PAGE_WORDS;
-            if step < 4 || page.split {
-                let lane = first + ((at - offset) >> lanes_shift) as u32;
-                let split = self.split.entry(word).or_insert_with(|| page.word(index));
-                page.split = true;
-                let mut bytes = at % 4..at % 4 + step;
-                bytes
-                    .try_for_each(|byte| judge.judge(split, byte, cell(lane)))
-                    .map_err(|found| conflict(at, lane, found))?;
-                at += step;
-                continue;
+            let page = Shadow::page(&mut self.pages, self.slots, at / PAGE_BYTES);
+            if bytes < page.granule {
+                page.refine(bytes);
             }
-            let words = (PAGE_WORDS - index).min((offset + len - at) / 4);
-            for index in index..index + words {
-                let lane = first + ((at - offset) >> lanes_shift) as u32;
-                judge.judge(page, index, cell(lane)).map_err(|found| conflict(at, lane, found))?;
-                at += 4;
+            let granule = page.granule;
+            let end = (offset + len).min((at / PAGE_BYTES + 1) * PAGE_BYTES);
+            for at in (at..end).step_by(granule) {
+                let lane = first + ((at - offset) >> lane_shift) as u32;
+                judge.judge(page, at % PAGE_BYTES / granule, cell(lane)).map_err(
+                    |(other, other_wrote, non_coherent)| Conflict {
+                        at,
+                        lane,
+                        other,
+                        other_wrote,
+                        non_coherent,
+                    },
+                )?;
             }
+            at = end;
         }
         Ok(())
     }
 
     /// A lane has waited for its copy: the bytes are its own writes from now on.
     pub fn settle(&mut self, who: &Knowledge, lane: u32, offset: usize, len: usize) {
-        for word in offset / 4..(offset + len).div_ceil(4) {
-            let page = Shadow::page(&mut self.pages, self.slots, word / PAGE_WORDS);
-            let index = word % PAGE_WORDS;
-            let settle = |cell: &mut Cell| {
-                if cell.in_flight() && cell.agent == who.agent && u32::from(cell.lane) == lane {
-                    cell.flags &= !IN_FLIGHT;
-                    cell.clock = who.clock;
-                }
-            };
-            settle(&mut page.writes[index]);
-            if let Some(split) = self.split.get_mut(&word) {
-                split.writes.iter_mut().for_each(settle);
+        // A copy is aligned to its size, so it lies in one page.
+        let page = Shadow::page(&mut self.pages, self.slots, offset / PAGE_BYTES);
+        let (begin, end) = (offset % PAGE_BYTES, offset % PAGE_BYTES + len);
+        for cell in &mut page.writes[begin / page.granule..end / page.granule] {
+            if cell.in_flight() && cell.agent == who.agent && u32::from(cell.lane) == lane {
+                cell.flags &= !IN_FLIGHT;
+                cell.clock = who.clock;
             }
         }
     }
 
-    /// A lane's strong read of the word at `offset` takes over what was released there.
+    /// A lane's strong read of the bytes at `offset` takes over what was released there.
     pub fn acquire(&self, who: &mut Knowledge, lane: u32, offset: usize, acquires: bool) {
-        if let Some(message) = self.released.get(&(offset / 4)) {
+        if let Some(message) = self.released.get(&offset) {
             who.receive(lane, message, acquires);
         }
     }
 
-    /// A lane's strong write to the word at `offset` publishes what it knows. What an atomic replaces goes on with it.
+    /// A lane's strong write to the bytes at `offset` publishes what it knows. What an atomic replaces goes on with it.
     pub fn release(&mut self, who: &mut Knowledge, lane: u32, offset: usize, releases: bool, atomic: bool) {
-        let before = self.released.remove(&(offset / 4)).filter(|_| atomic);
+        let before = self.released.remove(&offset).filter(|_| atomic);
         let message = match (before, who.publish(lane, releases)) {
             (Some(mut before), Some(new)) => {
                 merge(&mut before, &new);
@@ -425,7 +414,7 @@ impl Shadow {
             (before, new) => before.or(new),
         };
         if let Some(message) = message {
-            self.released.insert(offset / 4, message);
+            self.released.insert(offset, message);
         }
     }
 }
@@ -467,7 +456,7 @@ impl Judge<'_> {
         let slot = if self.by_warp { Some(who.own()) } else { self.slot(&page.reads, index, cell.lane) };
         if let Some(slot) = slot {
             let read = &mut page.reads[slot][index];
-            // A word that several lanes of the warp have read, unordered among themselves, is read by all.
+            // What several lanes of the warp have read, unordered among themselves, is read by all.
             let several = read.agent == cell.agent && read.lane != cell.lane && !who.after(read, cell.lane);
             let flags = if several { cell.flags & (read.flags | !STRONG) } else { cell.flags };
             *read = Cell { lane: if several { WHOLE } else { cell.lane }, flags, ..cell };

@@ -7,7 +7,6 @@ use super::access::{
     Access, Checked, PARAM_WINDOW, Reach, Run, SHARED_WINDOW, Spot, at_lane, lanes, of_warp,
 };
 use super::arithmetic::{self as math, LANES, Lanes, Narrow, Source, Wide};
-use super::counts::Class;
 use super::grid::Random;
 use super::matrix;
 use super::program::{Program, Step};
@@ -215,7 +214,7 @@ impl Warp {
             let step = &program.code[pc as usize];
             self.line = step.line;
             *idle += 1;
-            reach.counts.instructions[Class::of(&step.op) as usize] += 1;
+            reach.counts.instructions[step.class as usize] += 1;
             let mut active = mask & self.live;
             if let Some((pred, when)) = step.guard {
                 self.check_predicate(pred, active)?;
@@ -779,10 +778,11 @@ impl Warp {
                 let at: &[u8; 16] = &rows[row];
                 u32::from(u16::from_le_bytes([at[2 * column], at[2 * column + 1]]))
             };
-            let value = std::array::from_fn(|lane| {
+            let mut value = [0; LANES];
+            for (lane, value) in value.iter_mut().enumerate() {
                 let [low, high] = matrix::place_ldmatrix(lane, trans);
-                half(high) << 16 | half(low)
-            });
+                *value = half(high) << 16 | half(low);
+            }
             self.put(ALL, d, Lanes::Narrow(value));
         }
         Ok(())
