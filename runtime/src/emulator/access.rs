@@ -73,12 +73,26 @@ pub struct Access {
     pub bytes: u32,
 }
 
-/// Lanes `first..first + lanes`, whose bytes lie one behind the other from `address` on.
+/// Lanes `first..first + lanes`: the first's bytes are at `address`, each other's `stride` behind those of the one before.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Run {
     pub first: u32,
     pub lanes: u32,
     pub address: u64,
+    /// As many as a lane has; 0 where all read the same.
+    pub stride: u32,
+}
+
+impl Run {
+    /// One lane.
+    pub fn one(lane: u32, address: u64) -> Run {
+        Run { first: lane, lanes: 1, address, stride: 0 }
+    }
+
+    /// Bytes from the first to the last, `bytes` a lane.
+    pub fn len(&self, bytes: u32) -> usize {
+        (self.stride * (self.lanes - 1) + bytes) as usize
+    }
 }
 
 impl Access {
@@ -119,20 +133,20 @@ impl Access {
         Ok(())
     }
 
-    /// The runs, by lane.
-    pub fn runs(&self) -> impl Iterator<Item = Run> {
+    /// The runs, by lane. Lanes that access the same bytes are one run if `reads`.
+    pub fn runs(&self, reads: bool) -> impl Iterator<Item = Run> {
         let Access { addresses, bytes, mut mask, .. } = *self;
         std::iter::from_fn(move || {
             let first = (mask != 0).then(|| mask.trailing_zeros())?;
             let address = addresses[first as usize];
-            let mut end = first + 1;
-            let mut next = address.wrapping_add(u64::from(bytes));
-            while end < LANES as u32 && mask >> end & 1 == 1 && addresses[end as usize] == next {
-                next = next.wrapping_add(u64::from(bytes));
-                end += 1;
-            }
+            let follows = |lane: u32, stride: u32| {
+                let expected = address.wrapping_add(u64::from((lane - first) * stride));
+                lane < LANES as u32 && mask >> lane & 1 == 1 && addresses[lane as usize] == expected
+            };
+            let stride = if reads && follows(first + 1, 0) { 0 } else { bytes };
+            let end = (first + 1..).find(|&lane| !follows(lane, stride)).unwrap_or(LANES as u32);
             mask &= u32::MAX.checked_shl(end).unwrap_or(0);
-            Some(Run { first, lanes: end - first, address })
+            Some(Run { first, lanes: end - first, address, stride })
         })
     }
 }
@@ -169,9 +183,9 @@ impl Reach<'_> {
 
     /// Where the bytes of a run are, `bytes` a lane; if they are nowhere, the lane that is wrong.
     pub fn spot(&self, space: Space, run: Run, bytes: u32) -> Checked<Spot> {
-        self.find(space, run.address, (run.lanes * bytes) as usize).map_err(|whole| {
+        self.find(space, run.address, run.len(bytes)).map_err(|whole| {
             let lane = |at: u32| {
-                let address = run.address.wrapping_add(u64::from(at * bytes));
+                let address = run.address.wrapping_add(u64::from(at * run.stride));
                 Some(at_lane(run.first + at, self.find(space, address, bytes as usize).err()?))
             };
             // With guards between allocations one lane at least is outside.
@@ -190,6 +204,7 @@ impl Reach<'_> {
             Spot::Global(..) | Spot::Params(_) => return Ok(()),
         };
         let run_bytes = (range.start, range.len());
+        let how = How { whole: how.whole || run.lanes > 1 && run.stride == 0, ..how };
         shadow.access(who, how, (run.first, bytes as usize), run_bytes).map_err(|conflict| {
             let Conflict { at, lane, other, other_wrote, non_coherent } = conflict;
             let (at, of, wrote, other) =
@@ -260,32 +275,27 @@ impl Reach<'_> {
     }
 
     /// Strong reads take over what was released at their places.
-    pub fn acquire(&mut self, spot: &Spot, run: Run, bytes: u32, who: &mut Knowledge, acquires: bool) {
+    pub fn acquire(&mut self, spot: &Spot, run: Run, who: &mut Knowledge, acquires: bool) {
         let (shadow, range) = match spot {
             Spot::Shared(range) => (&mut *self.shared_shadow, range),
             Spot::Global(index, range) => (&mut self.shadows[*index], range),
             Spot::Params(_) => return,
         };
-        let places = range.clone().step_by(bytes as usize);
-        places.zip(run.first..).for_each(|(at, lane)| shadow.acquire(who, lane, at, acquires));
+        for at in 0..run.lanes {
+            shadow.acquire(who, run.first + at, range.start + (at * run.stride) as usize, acquires);
+        }
     }
 
     /// Strong writes publish what their lanes know; an atomic goes on with what was published before.
-    pub fn release(
-        &mut self,
-        spot: &Spot,
-        run: Run,
-        bytes: u32,
-        who: &mut Knowledge,
-        (releases, atomic): (bool, bool),
-    ) {
+    pub fn release(&mut self, spot: &Spot, run: Run, who: &mut Knowledge, (releases, atomic): (bool, bool)) {
         let (shadow, range) = match spot {
             Spot::Shared(range) => (&mut *self.shared_shadow, range),
             Spot::Global(index, range) => (&mut self.shadows[*index], range),
             Spot::Params(_) => return,
         };
-        let places = range.clone().step_by(bytes as usize);
-        places.zip(run.first..).for_each(|(at, lane)| shadow.release(who, lane, at, releases, atomic));
+        for at in 0..run.lanes {
+            shadow.release(who, run.first + at, range.start + (at * run.stride) as usize, releases, atomic);
+        }
     }
 
     /// Counts an access: its bytes, and the sectors or the passes over the banks that it takes.
@@ -309,9 +319,9 @@ fn sectors(access: &Access) -> u64 {
     let mut last = 0;
     let mut sorted = true;
     let mut count = 0;
-    for run in access.runs() {
+    for run in access.runs(true) {
         let begin = run.address / SECTOR_BYTES;
-        let end = (run.address + u64::from(run.lanes * access.bytes)).div_ceil(SECTOR_BYTES);
+        let end = (run.address + run.len(access.bytes) as u64).div_ceil(SECTOR_BYTES);
         sorted &= begin + 1 >= last;
         count += end - begin.max(last).min(end);
         last = end;
@@ -338,6 +348,21 @@ fn passes(access: &Access) -> (u64, u64) {
             continue;
         }
         least += 1;
+        // Most accesses take a bank each: a bit for every bank.
+        let banks = |lane: u32| {
+            let bank = access.addresses[(begin + lane) as usize] / 4 % BANKS;
+            u32::MAX >> (BANKS - words) << bank
+        };
+        let mut taken = 0;
+        let alone = |lane: u32| {
+            let before = taken;
+            taken |= banks(lane);
+            before & banks(lane) == 0
+        };
+        if lanes(mask).all(alone) {
+            passes += 1;
+            continue;
+        }
         // The word that each bank has been asked for, and how often for another.
         let mut asked = [u64::MAX; BANKS as usize];
         let mut others: Vec<u64> = Vec::new();
@@ -395,8 +420,12 @@ mod tests {
     fn runs_end_where_lanes_or_addresses_do() {
         let mut access = shared(4, |lane| if lane < 20 { 4 * lane } else { 4 * lane + 4 });
         access.mask = !(1 << 5);
-        let runs: Vec<_> = access.runs().collect();
-        let run = |first, lanes, address| Run { first, lanes, address };
+        let runs: Vec<_> = access.runs(true).collect();
+        let run = |first, lanes, address| Run { first, lanes, address, stride: 4 };
         assert_eq!(runs, [run(0, 5, 0), run(6, 14, 24), run(20, 12, 84)]);
+        let same = shared(4, |lane| lane / 16 * 4);
+        let run = |first, address| Run { first, lanes: 16, address, stride: 0 };
+        assert_eq!(same.runs(true).collect::<Vec<_>>(), [run(0, 0), run(16, 4)]);
+        assert_eq!(same.runs(false).count(), 31);
     }
 }

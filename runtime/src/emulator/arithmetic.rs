@@ -99,7 +99,7 @@ fn map3<T: Copy, B: Copy, C: Copy, D: Copy + Default>(
 
 /// The lowest bits that the type has, extended by zeros or by the sign.
 #[inline(always)]
-fn extend(ty: Type, bits: u64) -> u64 {
+pub fn extend(ty: Type, bits: u64) -> u64 {
     let unused = 64 - ty.bits();
     if ty.signed() { ((bits << unused) as i64 >> unused) as u64 } else { bits << unused >> unused }
 }

@@ -469,7 +469,7 @@ impl Judge<'_> {
     fn slot(&self, reads: &[Vec<Cell>], index: usize, lane: u8) -> Option<usize> {
         let cta = |cell: &Cell| cell.agent.wrapping_sub(self.who.first) < self.who.seen.len() as u32;
         let mut reads = reads.iter().map(|slot| &slot[index]);
-        let own = reads.clone().position(|read| read.clock != 0 && read.agent == self.who.agent);
+        let own = reads.clone().position(|read| read.agent == self.who.agent && read.clock != 0);
         let old = || reads.clone().position(|read| self.who.after(read, lane));
         own.or_else(old).or_else(|| (!reads.any(cta)).then_some(self.slots - 1))
     }

@@ -279,13 +279,17 @@ impl Warp {
     fn branch(&mut self, step: &Step, taken: u32, sides: &[(u32, u32)], random: &mut Random) {
         let frame = self.frames.last_mut().expect("a frame runs");
         let mask = frame.mask & self.live;
+        if let (true, [(target, _)]) = (taken == mask, sides) {
+            frame.pc = *target;
+            return;
+        }
+        if taken == 0 {
+            frame.pc += 1;
+            return;
+        }
         let stay = (frame.pc + 1, mask & !taken);
         let mut all: Vec<(u32, u32)> =
             sides.iter().copied().chain([stay]).filter(|(_, mask)| *mask != 0).collect();
-        if let [(target, _)] = all[..] {
-            frame.pc = target;
-            return;
-        }
         // Lanes wait at the join; a frame that would only wait there itself is not kept.
         let join = step.join;
         if join == frame.join {
@@ -481,12 +485,12 @@ impl Warp {
                     pc: step.pc,
                     ..How::default()
                 };
-                for run in access.runs() {
+                for run in access.runs(true) {
                     let spot = reach.spot(access.space, run, bytes)?;
                     reach.watch(&spot, run, bytes, how, &self.knowledge)?;
                     self.take(run, *ty, d, reach.read(&spot, run, bytes)?);
                     if how.strong {
-                        reach.acquire(&spot, run, bytes, &mut self.knowledge, order.acquires());
+                        reach.acquire(&spot, run, &mut self.knowledge, order.acquires());
                     }
                 }
             }
@@ -498,14 +502,14 @@ impl Warp {
                 *idle = 0;
                 let how = How { write: true, strong: order.strong(), pc: step.pc, ..How::default() };
                 let mut buffer = [0; LANES * 32];
-                for run in access.runs() {
-                    let from = &mut buffer[..(run.lanes * bytes) as usize];
+                for run in access.runs(false) {
+                    let from = &mut buffer[..run.len(bytes)];
                     self.give(run, *ty, a, from);
                     let spot = reach.spot(access.space, run, bytes)?;
                     reach.watch(&spot, run, bytes, how, &self.knowledge)?;
                     reach.write(&spot, run, from)?;
                     if how.strong {
-                        reach.release(&spot, run, bytes, &mut self.knowledge, (order.releases(), false));
+                        reach.release(&spot, run, &mut self.knowledge, (order.releases(), false));
                     }
                 }
             }
@@ -667,24 +671,35 @@ impl Warp {
         bank[usize::from(reg.index)] &= defined | !active;
     }
 
-    /// Loaded bytes into registers, one behind the other.
+    /// Loaded bytes into registers.
     fn take(&mut self, run: Run, ty: Type, d: &[Reg], from: &[u8]) {
         let size = ty.bits() as usize / 8;
-        let first = run.first as usize;
+        let lanes = run.first as usize..(run.first + run.lanes) as usize;
         for (at, reg) in d.iter().enumerate() {
             let index = usize::from(reg.index);
             let parts = from.chunks_exact(size).skip(at).step_by(d.len());
-            match (reg.wide, size) {
-                (false, 4) => self.narrow[index][first..].iter_mut().zip(parts).for_each(|(lane, part)| {
-                    *lane = u32::from_le_bytes(part.try_into().expect("4 bytes"));
-                }),
-                _ => parts.enumerate().for_each(|(lane, part)| {
-                    let value = extended(ty, part);
-                    match reg.wide {
-                        true => self.wide[index][first + lane] = value,
-                        false => self.narrow[index][first + lane] = value as u32,
-                    }
-                }),
+            match (run.stride, reg.wide, size) {
+                (0, true, _) => {
+                    self.wide[index][lanes.clone()].fill(extended(ty, &from[at * size..][..size]))
+                }
+                (0, false, _) => {
+                    self.narrow[index][lanes.clone()].fill(extended(ty, &from[at * size..][..size]) as u32);
+                }
+                (_, false, 4) => {
+                    self.narrow[index][lanes.clone()].iter_mut().zip(parts).for_each(|(lane, part)| {
+                        *lane = u32::from_le_bytes(part.try_into().expect("4 bytes"));
+                    })
+                }
+                (_, true, _) => {
+                    self.wide[index][lanes.clone()].iter_mut().zip(parts).for_each(|(lane, part)| {
+                        *lane = extended(ty, part);
+                    })
+                }
+                (_, false, _) => {
+                    self.narrow[index][lanes.clone()].iter_mut().zip(parts).for_each(|(lane, part)| {
+                        *lane = extended(ty, part) as u32;
+                    })
+                }
             }
         }
     }
@@ -718,7 +733,7 @@ impl Warp {
         for lane in lanes(active) {
             for (at, &b) in b.iter().enumerate() {
                 let address = access.addresses[lane as usize] + u64::from(size) * at as u64;
-                let run = Run { first: lane, lanes: 1, address };
+                let run = Run::one(lane, address);
                 let spot = reach.spot(access.space, run, size)?;
                 reach.watch(&spot, run, size, how, &self.knowledge)?;
                 let old = extended(*ty, reach.read(&spot, run, size)?);
@@ -729,8 +744,8 @@ impl Warp {
                     None => combine(*op, *ty, old, value(b)),
                 };
                 reach.write(&spot, run, &new.to_le_bytes()[..size as usize])?;
-                reach.acquire(&spot, run, size, &mut self.knowledge, order.acquires());
-                reach.release(&spot, run, size, &mut self.knowledge, (order.releases(), true));
+                reach.acquire(&spot, run, &mut self.knowledge, order.acquires());
+                reach.release(&spot, run, &mut self.knowledge, (order.releases(), true));
                 match *d {
                     Some(d) if d.wide => self.wide[usize::from(d.index)][lane as usize] = old,
                     Some(d) => self.narrow[usize::from(d.index)][lane as usize] = old as u32,
@@ -764,7 +779,7 @@ impl Warp {
         let access = Access::new(Space::Shared, self.addresses(address), rows, 16)?;
         reach.count(&access, false);
         let mut bytes = [[0; 16]; LANES];
-        for run in access.runs() {
+        for run in access.runs(false) {
             let spot = reach.spot(Space::Shared, run, 16)?;
             reach.watch(&spot, run, 16, How { whole: true, pc, ..How::default() }, &self.knowledge)?;
             let from = reach.read(&spot, run, 16)?;
@@ -792,14 +807,14 @@ impl Warp {
 impl AsyncCopy {
     /// Where it reads, if it does.
     fn source(&self, reach: &Reach<'_>) -> Checked<Option<(Run, Spot)>> {
-        let run = Run { first: self.lane, lanes: 1, address: self.from };
+        let run = Run::one(self.lane, self.from);
         let found = || reach.spot(Space::Global, run, self.read).map(|spot| (run, spot));
         (self.read > 0).then(found).transpose()
     }
 
     /// Where it writes.
     fn target(&self, reach: &Reach<'_>) -> Checked<(Run, Spot)> {
-        let run = Run { first: self.lane, lanes: 1, address: self.to };
+        let run = Run::one(self.lane, self.to);
         reach.spot(Space::Shared, run, self.bytes).map(|spot| (run, spot))
     }
 
@@ -851,7 +866,7 @@ fn logic(op: Logic, a: u32, b: u32) -> u32 {
 fn extended(ty: Type, bytes: &[u8]) -> u64 {
     let mut all = [0; 8];
     all[..bytes.len()].copy_from_slice(bytes);
-    Source::Wide(&[u64::from_le_bytes(all); LANES]).extended(ty)[0]
+    math::extend(ty, u64::from_le_bytes(all))
 }
 
 /// What an atomic or a reduction makes of two values.
