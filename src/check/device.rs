@@ -240,13 +240,26 @@ impl Emulated {
             |(number, kernel): (usize, &Kernel)| Kernel { name: number.to_string(), ..kernel.clone() };
         let named: Vec<Kernel> = kernels.iter().enumerate().map(numbered).collect();
         let ptx = nvptx::compile(&nvptx::llvm(&named)?, architecture)?;
-        let module = Module::parse(&ptx)?;
+        let sm = architecture.cpu.parse().expect("the emulator knows every architecture");
+        Ok(Emulated::of_ptx(&ptx, kernels.len(), sm)?)
+    }
+
+    /// The text of a module of so many kernels, named by their numbers: for who changes it.
+    ///
+    /// # Errors
+    ///
+    /// What the reader does not know.
+    ///
+    /// # Panics
+    ///
+    /// Without such kernels.
+    pub fn of_ptx(ptx: &str, kernels: usize, sm: Sm) -> Result<Emulated, PtxError> {
+        let module = Module::parse(ptx)?;
         let program = |number: usize| {
             let code = module.kernel(&nvptx::symbol(&number.to_string())).expect("every kernel is in it");
             emulator::Program::new(code)
         };
-        let sm = architecture.cpu.parse().expect("the emulator knows every architecture");
-        Ok(Emulated { programs: (0..kernels.len()).map(program).collect(), sm })
+        Ok(Emulated { programs: (0..kernels).map(program).collect(), sm })
     }
 
     /// Runs three times, in other orders of warps and with fewer CTAs: the bits must be the same.

@@ -10,6 +10,7 @@
 //! * [`readme`]: what the README says.
 //! * [`reference`]: real models against what PyTorch computes, on every device.
 //! * [`reproducer`]: groups taken out of their graphs, and faults shown again from a folder.
+//! * [`synchronisation`]: statements taken out of GPU kernels, each of which the emulator misses.
 //! * [`trace`]: what launches store, compared with other runs and other artifacts.
 //! * [`compare`]: the verb passes what is right and names each planted fault.
 //! * [`stages`]: every stage as text, and `opt` from one to the next.
@@ -45,6 +46,7 @@ mod reference;
 mod reproducer;
 mod skipped;
 mod stages;
+mod synchronisation;
 mod trace;
 mod tune;
 
@@ -58,6 +60,7 @@ fn main() {
     let args = libtest_mimic::Arguments::from_args();
     let mut trials = Vec::new();
     trials.extend(builtin::trials());
+    trials.extend(synchronisation::trials());
     trials.extend(lower::trials());
     trials.extend(bad::trials());
     trials.extend(cli::trials());

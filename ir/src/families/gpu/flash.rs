@@ -74,7 +74,7 @@ pub fn schedules(view: &GroupView<'_>, gpu: &Gpu) -> Result<Vec<String>, LowerEr
     let rows = view.graph.symbols.max()[0] as usize * shape.per_kv;
     let d = padded(shape.d);
     let mut found = Vec::new();
-    for keys in [64, 32] {
+    for keys in [64, 32, 16] {
         for warps in [4, 8, 2, 1] {
             // Queries of a head in registers beside its sums: no more than half of them.
             let hold = usize::from(d <= 128 && shape.dtype != DType::F32);

@@ -231,8 +231,10 @@ fn product(
             let stage = k.let_("stage", step % stages);
             if mma { tile.multiply_mma(k, stage) } else { tile.multiply_fma(k, stage) }
         });
-        // The next turn copies over what others may still read.
-        k.sync();
+        // Others may still read the last step's stage: does the next turn begin with copying over it?
+        if (steps - 1) % stages < steps.min(stages - 1) {
+            k.sync();
+        }
         result = tile.store(l, segment, &rows);
     });
     result

@@ -1,0 +1,89 @@
+//! Every statement that synchronises a GPU kernel is taken out, one at a time: the emulator must report each that is missed.
+//!
+//! Each kernel runs as [`llamac::check::device::Emulated`] does it, in three orders of warps. A report is what counts: wrong
+//! numbers may come or not.
+
+use crate::Checked;
+use codegen::nvptx::{self, ARCHITECTURES};
+use ir::kernel::Kernel;
+use libtest_mimic::Trial;
+use llamac::check::cases::{Case, cases, gpu};
+use llamac::check::device::{Device, Emulated, LaunchError};
+use llamac::check::{Feed, Subject, results};
+use runtime::emulator::Sm;
+
+/// A case for each kind of kernel that synchronises: enough steps to go around its ring, and several turns of a worker.
+const KERNELS: [&str; 7] = [
+    "linear n 1536 k 576 bf16 T 17 of 64",
+    "gated n 1536 k 576 bf16 T 129 of 513",
+    "linear n 576 k 1536 f32 T 17 of 64",
+    "flash d 64 of 3 bf16 T 64 of 64 P 200",
+    "flash d 128 of 4 bf16 T 129 of 513 P 1",
+    "flash d 64 of 3 f32 T 64 of 64 P 200",
+    "greedy choice 576",
+];
+
+/// Statements that synchronise.
+const STATEMENTS: [&str; 3] = ["bar.sync", "cp.async.wait_group", "cp.async.commit_group"];
+
+/// Statements that may go, by kernel and number among those of the kernel, with the reason.
+const REDUNDANT: [(&str, usize, &str); 0] = [];
+
+/// One test a kernel.
+pub fn trials() -> Vec<Trial> {
+    let trial = |name: &'static str| {
+        Trial::test(format!("synchronisation {name}"), move || deletions(name).map_err(Into::into))
+    };
+    KERNELS.map(trial).into()
+}
+
+fn deletions(name: &'static str) -> Checked<()> {
+    let table: Vec<Case> = cases().into_iter().chain(gpu(true)).collect();
+    let case = table.iter().find(|case| case.name == name).ok_or("there is no such case")?;
+    let architecture = &ARCHITECTURES[0];
+    let target = architecture.target();
+    let mut subject = Subject::new(case.graph.clone(), &target);
+    let (tokens, past) = *case.steps.last().ok_or("a case has steps")?;
+    let symbols = Case::symbols(tokens);
+    let feed = Feed { symbols, past, distribution: case.distributions[0], seed: 1 };
+    let tensors = subject.tensors(&feed)?;
+    let mut deleted = 0;
+    for group in subject.groups() {
+        let schedule = subject.schedules(group, &target)?.swap_remove(0);
+        let lowered = subject.lower(group, &schedule, &target)?;
+        let kernel = Kernel { name: "0".to_string(), ..lowered.kernel.clone() };
+        let ptx = nvptx::compile(&nvptx::llvm(&[kernel])?, architecture)?;
+        let run = |ptx: &str| -> Checked<Result<(), LaunchError>> {
+            let mut device = Device::Emulated(Box::new(Emulated::of_ptx(ptx, 1, Sm::Sm80)?));
+            Ok(results(&subject, group, (0, &lowered), &mut device, (&symbols, &tensors)).map(drop))
+        };
+        run(&ptx)?.map_err(|e| format!("as it is: {e}"))?;
+        let lines: Vec<&str> = ptx.lines().collect();
+        let synchronises = |line: &&str| STATEMENTS.iter().any(|s| line.trim_start().starts_with(s));
+        let places: Vec<usize> = (0..lines.len()).filter(|&at| synchronises(&lines[at])).collect();
+        for (number, &place) in places.iter().enumerate() {
+            let statement = lines[place].trim();
+            let mut changed = lines.clone();
+            changed[place] = "";
+            let redundant = REDUNDANT.iter().find(|r| (r.0, r.1) == (name, number));
+            match (run(&changed.join("\n"))?, redundant) {
+                (Err(LaunchError::Emulated(_)), None) => {}
+                (Ok(()), Some(_)) => {}
+                (Err(_), Some(why)) => {
+                    return Err(format!("not redundant ({}): {number} {statement}", why.2).into());
+                }
+                (Err(other), None) => {
+                    return Err(format!("no report, but {other}: {number} {statement}").into());
+                }
+                (Ok(()), None) => {
+                    let before = &lines[place.saturating_sub(3)..(place + 4).min(lines.len())];
+                    return Err(format!("not missed: {number} {statement}\n{}", before.join("\n")).into());
+                }
+            }
+            deleted += 1;
+        }
+    }
+    println!("synchronisation {name}: {deleted} statements, each missed");
+    assert!(deleted > 0, "nothing to delete");
+    Ok(())
+}
