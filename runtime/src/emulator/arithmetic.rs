@@ -5,7 +5,7 @@
 //!
 //! Approximate instructions (`ex2.approx` and its kind) give the nearest value of their format.
 
-use super::float::{Format, bf16, f16, flush, sum_to_odd, to_bf16};
+use super::float::{self, Format, bf16, f16, flush, sum_to_odd, to_bf16};
 use crate::ptx::{BinaryOp, Comparison, FloatMode, Rounding, TernaryOp, Type, UnaryOp};
 
 /// The lanes of a warp.
@@ -473,7 +473,7 @@ fn fma(ty: Type, mode: FloatMode, a: Source<'_>, b: Source<'_>, c: Source<'_>) -
         Type::F32 => {
             let (a, b, c) = (a.narrow(), b.narrow(), c.narrow());
             Lanes::Narrow(map3(a, b, c, |x, y, z| {
-                finish(mode, operand(mode, x).mul_add(operand(mode, y), operand(mode, z)))
+                finish(mode, float::fma(operand(mode, x), operand(mode, y), operand(mode, z)))
             }))
         }
         Type::F64 => Lanes::Wide(map3(a.wide(), b.wide(), c.wide(), |x, y, z| {
