@@ -16,8 +16,10 @@ use crate::ptx::{MatrixType, Rounding, Type};
 const M: usize = 16;
 /// Columns of B and D.
 const N: usize = 8;
-/// The most that a K is.
-const MAX_K: usize = 32;
+/// The most that K is where elements have 16 bits.
+const HALVES_K: usize = 16;
+/// The most that K is where they have 8.
+const BYTES_K: usize = 32;
 /// Bits below the largest term's leading one that take part in a sum.
 const FRACTION_BITS: u32 = 24;
 
@@ -47,13 +49,13 @@ fn element<const PER: usize>(registers: &[&Narrow], lane: usize, i: usize) -> u3
 }
 
 /// A and B as matrices, each element by the function of its operand.
-fn matrices<const PER: usize, T: Copy + Default>(
+fn matrices<const PER: usize, const K: usize, T: Copy + Default>(
     [a, b]: [&[&Narrow]; 2],
     of_a: impl Fn(u32) -> T,
     of_b: impl Fn(u32) -> T,
-) -> ([[T; MAX_K]; M], [[T; N]; MAX_K]) {
-    let mut left = [[T::default(); MAX_K]; M];
-    let mut right = [[T::default(); N]; MAX_K];
+) -> ([[T; K]; M], [[T; N]; K]) {
+    let mut left = [[T::default(); K]; M];
+    let mut right = [[T::default(); N]; K];
     for lane in 0..LANES {
         for i in 0..PER * a.len() {
             let (row, k) = place_a::<PER>(lane, i);
@@ -82,9 +84,9 @@ pub fn mma(
         MatrixType::Bf16 | MatrixType::F16 => {
             let (left, right) = match types.0 {
                 MatrixType::Bf16 => {
-                    matrices::<2, f64>([a, b], |x| f64::from(bf16(x)), |x| f64::from(bf16(x)))
+                    matrices::<2, HALVES_K, f64>([a, b], |x| f64::from(bf16(x)), |x| f64::from(bf16(x)))
                 }
-                _ => matrices::<2, f64>([a, b], |x| f64::from(f16(x)), |x| f64::from(f16(x))),
+                _ => matrices::<2, HALVES_K, f64>([a, b], |x| f64::from(f16(x)), |x| f64::from(f16(x))),
             };
             let mut sum = [[0.0; N]; M];
             for (lane, i, (row, column)) in places.clone() {
@@ -105,7 +107,7 @@ pub fn mma(
         MatrixType::S8 | MatrixType::U8 => {
             let value =
                 |ty| move |bits| if ty == MatrixType::S8 { i32::from(bits as u8 as i8) } else { bits as i32 };
-            let (left, right) = matrices::<4, i32>([a, b], value(types.0), value(types.1));
+            let (left, right) = matrices::<4, BYTES_K, i32>([a, b], value(types.0), value(types.1));
             for (lane, i, (row, column)) in places {
                 let product: i32 = (0..k).map(|k| left[row][k] * right[k][column]).sum();
                 let c = c[i][lane] as i32;
@@ -117,8 +119,8 @@ pub fn mma(
     d
 }
 
-/// `sum += left * right`, row by row. Where a term is infinite or no number, so is the sum, however it is added.
-fn add_products(left: &[[f64; MAX_K]], right: &[[f64; N]], sum: &mut [[f32; N]], sums: Sums) {
+/// `sum += left * right`, row by row; `right` has 8 or 16 rows. Where a term is infinite or no number, so is the sum, however it is added.
+fn add_products(left: &[[f64; HALVES_K]], right: &[[f64; N]], sum: &mut [[f32; N]], sums: Sums) {
     let k = right.len();
     let before = sum.iter().flatten().map(|&x| f64::from(x));
     let special = special(left.iter().flatten().chain(right.iter().flatten()).copied().chain(before));
@@ -147,46 +149,59 @@ fn special(numbers: impl Iterator<Item = f64>) -> bool {
 /// Terms that are aligned together (sm_80: 8; Fasi et al., section 4).
 const BLOCK: usize = 8;
 
-/// `sum += left * right`, in blocks: the magnitudes of all terms are cut to multiples of one unit, [`FRACTION_BITS`] below
-/// the largest term, and added without error; the sum is cut to an f32. All terms are finite.
+/// Columns that are added together: as many as the registers of any x86-64 hold.
+const COLUMNS: usize = 4;
+
+/// `sum += left * right`, in blocks, which [`block_truncated`] does.
 fn row_truncated(left: &[f64], right: &[[f64; N]], sum: &mut [f32; N]) {
-    const EXPONENT: u64 = 0x7FF << 52;
-    for (left, right) in left.chunks(BLOCK).zip(right.chunks(BLOCK)) {
-        let before = sum.map(f64::from);
-        let mut largest = before.map(f64::abs);
-        for (left, right) in left.iter().zip(right) {
-            for n in 0..N {
-                let term = (left * right[n]).abs();
-                largest[n] = if term > largest[n] { term } else { largest[n] };
+    for (left, right) in left.as_chunks::<BLOCK>().0.iter().zip(right.as_chunks::<BLOCK>().0) {
+        for first in (0..N).step_by(COLUMNS) {
+            let mut terms = [[0.0; COLUMNS]; BLOCK];
+            for k in 0..BLOCK {
+                for n in 0..COLUMNS {
+                    terms[k][n] = left[k] * right[k][first + n];
+                }
             }
-        }
-        // No product of halves is below 2^-300, so neither is a unit; where all terms are 0 any will do.
-        let exponent =
-            largest.map(|largest| largest.clamp(power_of_two(-300), power_of_two(900)).to_bits() & EXPONENT);
-        let unit = exponent.map(|bits| f64::from_bits(bits - (u64::from(FRACTION_BITS) << 52)));
-        // Beside so large a number, half of it added so that nothing falls below a power of two, the last bit is a unit:
-        // its bits count units. Terms have 24 bits, so taking away what is less than a half by this little makes the
-        // nearest multiple the one below.
-        let counter = unit.map(|unit| unit * 1.5 * power_of_two(52));
-        let half = unit.map(|unit| unit * (0.5 - power_of_two(-30)));
-        let units = |n: usize, term: f64| (term - half[n].copysign(term) + counter[n]).to_bits();
-        let mut count = [0u64; N];
-        for n in 0..N {
-            count[n] = units(n, before[n]);
-        }
-        for (left, right) in left.iter().zip(right) {
-            for n in 0..N {
-                count[n] = count[n].wrapping_add(units(n, left * right[n]));
-            }
-        }
-        let terms = left.len() as u64;
-        for n in 0..N {
-            let total =
-                f64::from_bits(count[n].wrapping_sub(terms.wrapping_mul(counter[n].to_bits()))) - counter[n];
-            // The 29 bits of an f64 that an f32 does not have.
-            sum[n] = f64::from_bits(total.to_bits() & !0x1FFF_FFFF) as f32;
+            let sum = &mut sum[first..first + COLUMNS];
+            sum.copy_from_slice(&block_truncated(std::array::from_fn(|n| f64::from(sum[n])), &terms));
         }
     }
+}
+
+/// A number and some terms in each column: the magnitudes of all are cut to multiples of one unit, [`FRACTION_BITS`] below
+/// the largest, and added without error; the sum is cut to an f32. All are finite.
+#[inline(always)]
+fn block_truncated(before: [f64; COLUMNS], terms: &[[f64; COLUMNS]; BLOCK]) -> [f32; COLUMNS] {
+    const SIGN: u64 = 1 << 63;
+    const EXPONENT: u64 = 0x7FF << 52;
+    // No product of halves is below 2^-300, so neither is a unit; where all terms are 0 any will do.
+    let mut largest = before.map(|before| before.abs().clamp(power_of_two(-300), power_of_two(900)));
+    for terms in terms {
+        for n in 0..COLUMNS {
+            largest[n] = if terms[n].abs() > largest[n] { terms[n].abs() } else { largest[n] };
+        }
+    }
+    // Beside so large a number, half of it added so that nothing falls below a power of two, the last bit is a unit: its
+    // bits count units. Terms have 24 bits, so taking away what is less than a half by this little makes the nearest
+    // multiple the one below.
+    let below = u64::from(FRACTION_BITS) << 52;
+    let unit = |largest: f64| f64::from_bits((largest.to_bits() & EXPONENT).wrapping_sub(below));
+    let counter = largest.map(|largest| unit(largest) * 1.5 * power_of_two(52));
+    let half = largest.map(|largest| (unit(largest) * (0.5 - power_of_two(-30))).to_bits());
+    let units =
+        |n: usize, term: f64| (term - f64::from_bits(half[n] | term.to_bits() & SIGN) + counter[n]).to_bits();
+    let mut total: [u64; COLUMNS] = std::array::from_fn(|n| units(n, before[n]));
+    for terms in terms {
+        for n in 0..COLUMNS {
+            total[n] = total[n].wrapping_add(units(n, terms[n]));
+        }
+    }
+    std::array::from_fn(|n| {
+        let total = total[n].wrapping_sub(counter[n].to_bits().wrapping_mul(BLOCK as u64));
+        let total = f64::from_bits(total) - counter[n];
+        // The 29 bits of an f64 that an f32 does not have.
+        f64::from_bits(total.to_bits() & !0x1FFF_FFFF) as f32
+    })
 }
 
 /// `sum += left * right`, rounded once.
@@ -255,9 +270,10 @@ mod tests {
     }
 
     fn dot(left: &[f32], right: &[f32], c: f32, sums: Sums) -> f32 {
-        let mut row = [0.0; MAX_K];
+        let mut row = [0.0; HALVES_K];
         row.iter_mut().zip(left).for_each(|(to, &from)| *to = f64::from(from));
-        let right: Vec<[f64; N]> = right.iter().map(|&value| [f64::from(value); N]).collect();
+        let mut right: Vec<[f64; N]> = right.iter().map(|&value| [f64::from(value); N]).collect();
+        right.resize(right.len().next_multiple_of(BLOCK), [0.0; N]);
         let mut sum = [[c; N]];
         add_products(&[row], &right, &mut sum, sums);
         let [sum] = sum;
