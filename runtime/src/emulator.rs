@@ -11,11 +11,13 @@
 //!
 //! In reading order: this file (what a caller sees), `program` (a kernel made ready), `flow` (where lanes meet again),
 //! `memory`, `arithmetic`, `float`, `matrix` (what instructions compute), `race` (what orders accesses), `access` (loads and
-//! stores), `warp` (a warp and its instructions), `grid` (CTAs, barriers, the schedule).
+//! stores), `warp` (registers and lanes), `execute` (what each instruction does), `grid` (CTAs, barriers, the schedule),
+//! `counts`.
 
 mod access;
 mod arithmetic;
 mod counts;
+mod execute;
 mod float;
 mod flow;
 mod grid;
@@ -384,5 +386,30 @@ fn named(space: Space) -> &'static str {
         Space::Shared => "shared memory",
         Space::Param => "the parameters",
         Space::Const => "constant memory",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn machines_are_known_by_name() {
+        for (sm, name, _) in Sm::ALL {
+            assert_eq!((name.parse(), sm.name()), (Ok(sm), name));
+        }
+        assert_eq!(Sm::Sm80.shared_bytes(), 166_912);
+        assert!("sm_90".parse::<Sm>().unwrap_err().to_string().contains("`sm_90`"));
+    }
+
+    /// All that a report says, in a line.
+    #[test]
+    fn reports_are_short() {
+        let waiting = |warp| Waiting { cta: [0; 3], warp, line: 7, barrier: 1 };
+        let fault = Fault::Deadlock { waiting: (0..6).map(waiting).collect() };
+        let report = Report { kernel: "k".into(), line: 7, cta: [2, 0, 1], warp: 3, lane: None, fault };
+        let waits: Vec<_> = (0..4).map(|warp| format!("warp {warp} in line 7 for barrier 1")).collect();
+        let expected = format!("k, line 7, CTA (2, 0, 1), warp 3: deadlock: {} and 2 more", waits.join(", "));
+        assert_eq!(report.to_string(), expected);
     }
 }

@@ -196,6 +196,18 @@ fn every_file_holds() {
     assert!(wrong.is_empty(), "\n{}", wrong.join("\n"));
 }
 
+/// One seed gives one schedule: the same report, and another seed may give another.
+#[test]
+fn a_seed_gives_one_report() {
+    let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/ptx/stage_reuse.ptx");
+    let text = fs::read_to_string(file).expect("a file").replacen("\tbar.sync 0;", "\t", 1);
+    let case = case(&text);
+    let report = |seed| run(&case, &text, seed).expect_err("a race");
+    let reports: Vec<Report> = (0..SEEDS).map(report).collect();
+    assert_eq!(reports, (0..SEEDS).map(report).collect::<Vec<_>>());
+    assert!(reports.iter().any(|other| *other != reports[0]));
+}
+
 /// A check that cannot fail is none: a wrong value, a missing report and another report are all noticed.
 #[test]
 fn what_does_not_hold_is_noticed() {

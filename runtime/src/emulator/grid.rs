@@ -6,10 +6,11 @@
 
 use super::access::{Found, Reach, of_warp};
 use super::counts::{Counts, KernelCounts};
+use super::execute::Arrival;
 use super::memory::{Bytes, Memory};
 use super::program::Program;
 use super::race::{Knowledge, Shadow};
-use super::warp::{Arrival, Pause, Place, Warp};
+use super::warp::{Pause, Place, Warp};
 use super::{Fault, Grid, Options, Report, Waiting};
 use crate::ptx::{Kernel, ReduceOp};
 
