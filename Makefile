@@ -8,6 +8,7 @@ run: setup
 	cargo run --release --quiet -- run builtin -p "Once upon a time" --seed 7
 
 test: setup
+	@tools/ptxas
 	cargo test --workspace --quiet
 
 setup:
