@@ -79,6 +79,7 @@ fn steps(c: &mut Criterion) {
         targets: vec!["cpu:native".to_string()],
         taps: false,
         measured: None,
+        cubin: false,
         keep: None,
     };
     compile::compile(&options, &file, &mut |_| ControlFlow::Continue(())).expect("it compiles");

@@ -5,6 +5,8 @@ use crate::tune::table::{Choices, Table};
 use crate::weights::{self, Source};
 use codegen::Backend;
 use codegen::cpu::CodegenError;
+use codegen::nvptx::Architecture;
+use codegen::ptxas::{self, PtxasError, Tool};
 use ir::DType;
 use ir::families::LowerError;
 use ir::plan::Plan;
@@ -42,6 +44,8 @@ pub struct Options<'a> {
     pub taps: bool,
     /// Schedules that were measured.
     pub measured: Option<&'a Choices>,
+    /// Machine code of GPUs beside their PTX, where `ptxas` is.
+    pub cubin: bool,
     /// Folder for each stage's text, one folder a target in it.
     pub keep: Option<&'a Path>,
 }
@@ -90,6 +94,8 @@ pub struct Seconds {
     pub passes: Vec<(&'static str, f64)>,
     /// LLVM and linker.
     pub codegen: f64,
+    /// `ptxas`.
+    pub ptxas: f64,
     /// Reading, packing and writing weights.
     pub weights: f64,
     /// All.
@@ -103,6 +109,8 @@ pub enum Progress<'a> {
     Code(&'a str),
     /// Writing weights: bytes done and in all.
     Weights(usize, usize),
+    /// Something that the user should know.
+    Note(&'a str),
 }
 
 /// Code of one target.
@@ -132,12 +140,14 @@ pub enum Stage {
     Asm,
     /// PTX of a GPU.
     Ptx,
+    /// Machine code of a GPU.
+    Sass,
 }
 
 impl Stage {
     /// Every stage, with its name and the ending of its file.
     #[rustfmt::skip] // a table
-    pub const ALL: [(Stage, &'static str, &'static str); 7] = [
+    pub const ALL: [(Stage, &'static str, &'static str); 8] = [
         (Stage::Graph,   "graph",   "ir"),
         (Stage::Fused,   "fused",   "ir"),
         (Stage::Kernels, "kernels", "ir"),
@@ -145,6 +155,7 @@ impl Stage {
         (Stage::Llvm,    "llvm",    "ll"),
         (Stage::Asm,     "asm",     "s"),
         (Stage::Ptx,     "ptx",     "ptx"),
+        (Stage::Sass,    "sass",    "sass"),
     ];
 
     /// Has a back end this stage?
@@ -152,7 +163,7 @@ impl Stage {
         match self {
             Stage::Graph | Stage::Fused | Stage::Kernels | Stage::Plan | Stage::Llvm => true,
             Stage::Asm => matches!(backend, Backend::Cpu(_)),
-            Stage::Ptx => matches!(backend, Backend::Cuda(_)),
+            Stage::Ptx | Stage::Sass => matches!(backend, Backend::Cuda(_)),
         }
     }
 }
@@ -162,7 +173,7 @@ impl Code {
     ///
     /// # Errors
     ///
-    /// [`Stage::Asm`] and [`Stage::Ptx`] ask LLVM, which may refuse.
+    /// [`Stage::Asm`], [`Stage::Ptx`] and [`Stage::Sass`] ask LLVM, which may refuse; the last asks for tools that may be missing.
     pub fn text(&self, request: &Request<'_>, stage: Stage) -> Result<String, CodegenError> {
         let join = |graphs: Vec<String>| graphs.join("\n");
         Ok(match stage {
@@ -172,16 +183,28 @@ impl Code {
             Stage::Plan => self.lowered.plan.to_string(),
             Stage::Llvm => self.llvm.clone(),
             Stage::Asm | Stage::Ptx => self.backend.assembly(&self.llvm)?,
+            Stage::Sass => self.backend.machine_code(&self.llvm)?,
         })
     }
 
-    /// Writes the text of every stage into a folder.
-    fn keep(&self, request: &Request<'_>, folder: &Path) -> Result<(), CompileError> {
+    /// Writes the text of every stage into a folder. That a tool for one is missing is told.
+    fn keep(
+        &self,
+        request: &Request<'_>,
+        folder: &Path,
+        progress: &mut dyn FnMut(Progress<'_>) -> ControlFlow<()>,
+    ) -> Result<(), CompileError> {
         let folder = folder.join(self.backend.name().replace(':', "-"));
         fs::create_dir_all(&folder).map_err(|source| WriteError::Io { file: folder.clone(), source })?;
         for (stage, name, ending) in Stage::ALL.into_iter().filter(|stage| stage.0.is_of(&self.backend)) {
-            let text = self.text(request, stage)?;
             let file = folder.join(format!("{name}.{ending}"));
+            let text = match self.text(request, stage) {
+                Err(CodegenError::Ptxas(why @ PtxasError::Missing(_))) => {
+                    check(progress(Progress::Note(&format!("{} is not kept: {why}", file.display()))))?;
+                    continue;
+                }
+                text => text?,
+            };
             whole_file::write(&file, text.len() as u64, |path| fs::write(path, text))?;
         }
         Ok(())
@@ -227,34 +250,49 @@ pub fn compile(
         let code = lower(&request, target, options.taps)?;
         add(&mut seconds.passes, &code.lowered.seconds);
         if let Some(folder) = options.keep {
-            code.keep(&request, folder)?;
+            code.keep(&request, folder, progress)?;
         }
         let start = Instant::now();
         let made = code.backend.code(&code.llvm)?;
         seconds.codegen += start.elapsed().as_secs_f64();
-        codes.push((code, made));
+        let cubin = match &code.backend {
+            Backend::Cuda(architecture) if options.cubin => {
+                let start = Instant::now();
+                let cubin = assemble(architecture, &String::from_utf8_lossy(&made), progress)?;
+                if cubin.is_some() {
+                    seconds.ptxas += start.elapsed().as_secs_f64();
+                }
+                cubin
+            }
+            Backend::Cuda(_) | Backend::Cpu(_) => None,
+        };
+        codes.push((code, made, cubin));
     }
     // The loader takes the first that fits. Of one architecture each level has what the one below has, and more.
-    codes.sort_by_key(|(code, _)| Reverse(code.backend.requires().len()));
+    codes.sort_by_key(|(code, ..)| Reverse(code.backend.requires().len()));
 
     // All CPUs read one packing of the weights, all GPUs another.
     let mut packings: BTreeMap<&str, &Plan> = BTreeMap::new();
-    for (code, _) in codes.iter().filter(|_| options.weights.is_some()) {
+    for (code, ..) in codes.iter().filter(|_| options.weights.is_some()) {
         packings.entry(weights_section(&code.backend)).or_insert(&code.lowered.plan);
     }
     let bytes = packings.values().map(|plan| plan.weight_bytes()).sum();
     let mut writer = ArtifactWriter::create(file, Some(bytes as u64))?;
     let mut targets = Vec::new();
-    for (code, made) in &codes {
+    for (code, made, cubin) in &codes {
         let target = TargetCode {
             name: code.backend.name().to_string(),
             abi: code.backend.abi(),
             requires: code.backend.requires(),
             arch: code.backend.arch(),
             weights: weights_section(&code.backend).to_string(),
+            ptxas: cubin.as_ref().map(|(version, _)| version.clone()),
         };
         section(&mut writer, &target.plan_section(), code.lowered.plan.to_string().as_bytes())?;
         section(&mut writer, &target.code_section(), made)?;
+        if let Some((_, cubin)) = cubin {
+            section(&mut writer, &target.cubin_section(), cubin)?;
+        }
         if let Backend::Cuda(_) = code.backend {
             let kernels = code.text(&request, Stage::Kernels)?;
             section(&mut writer, &target.kernels_section(), kernels.as_bytes())?;
@@ -267,7 +305,7 @@ pub fn compile(
     }
     if let Some(choices) = options.measured {
         let taken =
-            codes.iter().flat_map(|(code, _)| code.lowered.taken(code.backend.name(), choices)).collect();
+            codes.iter().flat_map(|(code, ..)| code.lowered.taken(code.backend.name(), choices)).collect();
         section(&mut writer, manifest::TUNING, Table { records: taken }.to_string().as_bytes())?;
     }
     let graph = codes[0].0.text(&request, Stage::Graph)?;
@@ -310,6 +348,27 @@ pub fn compile(
     })?;
     seconds.total = begin.elapsed().as_secs_f64();
     Ok(seconds)
+}
+
+/// PTX as machine code, with the version of `ptxas`; none where that is missing. This, and what the machine code lacks, is told.
+fn assemble(
+    architecture: &Architecture,
+    ptx: &str,
+    progress: &mut dyn FnMut(Progress<'_>) -> ControlFlow<()>,
+) -> Result<Option<(String, Vec<u8>)>, CompileError> {
+    let mut tell = |text: String| check(progress(Progress::Note(&format!("{}: {text}", architecture.name))));
+    let ptxas = match Tool::Ptxas.find() {
+        Err(why @ PtxasError::Missing(_)) => {
+            tell(format!("PTX alone, which the driver assembles at load: {why}"))?;
+            return Ok(None);
+        }
+        ptxas => ptxas.map_err(CodegenError::from)?,
+    };
+    let cubin = ptxas::assemble(&ptxas, ptx, architecture.cpu).map_err(CodegenError::from)?;
+    for loss in cubin.report.losses() {
+        tell(format!("warning of ptxas {}: {loss}", ptxas.version))?;
+    }
+    Ok(Some((ptxas.version, cubin.bytes)))
 }
 
 /// The section of the weights as a back end's kernels read them.

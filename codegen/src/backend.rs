@@ -2,6 +2,7 @@
 
 use crate::cpu::{self, CodegenError, Form, LEVELS, Level};
 use crate::nvptx::{self, ARCHITECTURES, Architecture};
+use crate::ptxas::{self, Tool};
 use crate::{link, lower};
 use ir::kernel::Kernel;
 use ir::plan::Plan;
@@ -118,6 +119,22 @@ impl Backend {
                 Ok(String::from_utf8_lossy(&cpu::compile(llvm, level, Form::Assembly)?).into_owned())
             }
             Backend::Cuda(architecture) => nvptx::compile(llvm, architecture),
+        }
+    }
+
+    /// The machine code of a module as text: of a CPU its assembly, of a GPU what `nvdisasm` reads in what `ptxas` wrote.
+    ///
+    /// # Errors
+    ///
+    /// When LLVM or `ptxas` refuses the text, or a tool is missing.
+    pub fn machine_code(&self, llvm: &str) -> Result<String, CodegenError> {
+        match self {
+            Backend::Cpu(_) => self.assembly(llvm),
+            Backend::Cuda(architecture) => {
+                let (ptxas, nvdisasm) = (Tool::Ptxas.find()?, Tool::Nvdisasm.find()?);
+                let cubin = ptxas::assemble(&ptxas, &nvptx::compile(llvm, architecture)?, architecture.cpu)?;
+                Ok(ptxas::disassemble(&nvdisasm, &cubin.bytes)?)
+            }
         }
     }
 }

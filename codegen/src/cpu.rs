@@ -1,6 +1,7 @@
 //! CPU levels, and LLVM IR text to objects.
 
 use crate::lower::{Features, Pause};
+use crate::ptxas::PtxasError;
 use inkwell::OptimizationLevel;
 use inkwell::context::Context;
 use inkwell::memory_buffer::MemoryBuffer;
@@ -84,6 +85,9 @@ pub enum CodegenError {
         /// What it wrote.
         message: String,
     },
+    /// No machine code of a GPU.
+    #[error(transparent)]
+    Ptxas(#[from] PtxasError),
     /// A temporary file could not be written or read.
     #[error("a temporary file for the linker")]
     Io(#[from] std::io::Error),

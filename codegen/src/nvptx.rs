@@ -57,6 +57,11 @@ pub fn symbol(kernel: &str) -> String {
     format!("k_{}", kernel.replace('.', "$"))
 }
 
+/// The kernel of that name in PTX.
+pub fn kernel(symbol: &str) -> String {
+    symbol.trim_start_matches("k_").replace('$', ".")
+}
+
 /// Can PTX be made of this kernel?
 ///
 /// # Errors

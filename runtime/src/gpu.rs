@@ -16,7 +16,7 @@ use std::path::Path;
 pub const ABI: u32 = 1;
 
 /// Instruction set of GPU code, as a manifest names it.
-const ARCH: &str = "nvptx64";
+pub const ARCH: &str = "nvptx64";
 
 /// The first code of an artifact that a GPU of this compute capability runs, in tenths: 8.0 is 80. PTX runs on what came later.
 ///
@@ -97,6 +97,11 @@ impl GpuCode {
         }
         bytes
     }
+}
+
+/// The version of the PTX ISA that a text asks for: `7.4`.
+pub fn isa(ptx: &str) -> Option<&str> {
+    ptx.lines().find_map(|line| line.strip_prefix(".version ")).map(str::trim)
 }
 
 /// A kernel's name in PTX, which knows no dots.

@@ -44,6 +44,9 @@ pub struct TargetCode {
     /// Section of the weights, in the order that this code reads.
     #[serde(default = "weights")]
     pub weights: String,
+    /// Version of the `ptxas` that assembled the code into machine code of one GPU; none where there is PTX alone.
+    #[serde(default)]
+    pub ptxas: Option<String>,
 }
 
 fn weights() -> String {
@@ -59,6 +62,11 @@ impl TargetCode {
     /// Section of the code.
     pub fn code_section(&self) -> String {
         format!("code.{}", self.name)
+    }
+
+    /// Section of the machine code of the GPU that the target names: an ELF file. It may be missing.
+    pub fn cubin_section(&self) -> String {
+        format!("cubin.{}", self.name)
     }
 
     /// Section of the kernels' text: how many threads and how much shared memory a launch needs. For a GPU.

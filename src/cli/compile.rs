@@ -21,6 +21,7 @@ Targets:
   cpu:x86-64-v3   AVX2 and FMA: Haswell (2013), Zen and later
   cpu:x86-64-v4   AVX-512: Skylake-X (2017), Zen 4 and later
   cpu:aarch64     64-bit Arm with NEON
+  cuda:sm_80      NVIDIA GPUs from Ampere (2020) on: PTX, and machine code for the first of them if ptxas is found
 
 Example:
   llamac compile TinyLlama-1.1B/ -o tiny.llamac --dtype bf16 --target cpu:x86-64-v4 --target cpu:x86-64-v3")]
@@ -60,6 +61,7 @@ pub fn compile(options: &Options, screen: &Screen) -> Result<(), CliError> {
         targets: options.targets.clone(),
         weights: !options.no_weights,
         taps: options.taps,
+        cubin: true,
         keep: options.keep.as_deref(),
     };
     let seconds = to_file(&request, &options.output, screen)?;
@@ -71,6 +73,7 @@ pub fn compile(options: &Options, screen: &Screen) -> Result<(), CliError> {
         let mut table: Map<_, _> =
             seconds.passes.iter().map(|&(name, s)| (name.to_string(), json!(s))).collect();
         table.insert("codegen".into(), json!(seconds.codegen));
+        table.insert("ptxas".into(), json!(seconds.ptxas));
         table.insert("weights".into(), json!(seconds.weights));
         table.insert("total".into(), json!(seconds.total));
         let artifact = options.output.display().to_string();
@@ -80,12 +83,13 @@ pub fn compile(options: &Options, screen: &Screen) -> Result<(), CliError> {
     }
     let passes: f64 = seconds.passes.iter().map(|(_, s)| s).sum();
     print(&format!(
-        "{}: {} in {} s (passes {} s, code {} s, weights {} s), at most {} of memory\n",
+        "{}: {} in {} s (passes {} s, code {} s{}, weights {} s), at most {} of memory\n",
         options.output.display(),
         screen::bytes(bytes),
         short(seconds.total),
         short(passes),
         short(seconds.codegen),
+        if seconds.ptxas > 0.0 { format!(", ptxas {} s", short(seconds.ptxas)) } else { String::new() },
         short(seconds.weights),
         peak.map_or("?".to_string(), screen::bytes),
     ))
@@ -105,13 +109,15 @@ pub struct Request<'a> {
     pub weights: bool,
     /// With taps?
     pub taps: bool,
+    /// With machine code of GPUs, where `ptxas` is?
+    pub cubin: bool,
     /// Folder for texts.
     pub keep: Option<&'a Path>,
 }
 
 /// Compiles to a file, with a progress bar; Ctrl-C leaves no file.
 pub fn to_file(request: &Request<'_>, file: &Path, screen: &Screen) -> Result<Seconds, CliError> {
-    let Request { argument, model, build, targets, weights, taps, keep } = request;
+    let Request { argument, model, build, targets, weights, taps, cubin, keep } = request;
     let config = model.config()?;
     let source = match (model, build.random_weights) {
         (Model::Artifact(_), _) => {
@@ -138,6 +144,7 @@ pub fn to_file(request: &Request<'_>, file: &Path, screen: &Screen) -> Result<Se
         targets: targets.clone(),
         taps: *taps,
         measured: choices.as_ref(),
+        cubin: *cubin,
         keep: *keep,
     };
     // Hidden where stderr is no terminal.
@@ -148,6 +155,7 @@ pub fn to_file(request: &Request<'_>, file: &Path, screen: &Screen) -> Result<Se
     }
     let mut progress = |progress: Progress<'_>| {
         match progress {
+            Progress::Note(text) => bar.suspend(|| screen.note(text)),
             Progress::Code(target) => bar.set_message(format!("code for {target}")),
             Progress::Weights(done, all) => {
                 if bar.length().is_none() {

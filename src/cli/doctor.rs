@@ -11,7 +11,9 @@ use serde_json::json;
 use std::env;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+
+#[cfg(feature = "compiler")]
+use codegen::ptxas::{CURE, Program, PtxasError, Tool};
 
 #[derive(Args)]
 #[command(after_help = "\
@@ -91,12 +93,6 @@ fn parts() -> Vec<Part> {
         without: "no model runs on a GPU",
         cure: "install NVIDIA's driver: apt-get install nvidia-driver (component non-free)",
     });
-    parts.push(Part {
-        name: "ptxas",
-        found: version_of("ptxas"),
-        without: "PTX is not assembled ahead of time; the driver does it at load",
-        cure: "python3 -m venv ptx && ptx/bin/pip install nvidia-cuda-nvcc, and put its bin folder in PATH",
-    });
     parts
 }
 
@@ -110,7 +106,20 @@ fn compiler() -> Vec<Part> {
             without: "nothing can be compiled",
             cure: "apt-get install lld-22",
         },
+        tool(Tool::Ptxas, "artifacts for GPUs have PTX alone, which the driver assembles at load"),
+        tool(Tool::Nvdisasm, "`emit --stage sass` cannot show a GPU's machine code"),
     ]
+}
+
+#[cfg(feature = "compiler")]
+fn tool(tool: Tool, without: &'static str) -> Part {
+    let found = match tool.find() {
+        Ok(Program { file, version }) => Some(format!("{version}, {}", file.display())),
+        Err(PtxasError::Missing(_)) => None,
+        // Named, and no such program: the fault is worth more than a cure.
+        Err(why) => Some(why.to_string()),
+    };
+    Part { name: tool.name(), found, without, cure: CURE }
 }
 
 #[cfg(not(feature = "compiler"))]
@@ -165,11 +174,4 @@ fn model_of(gpu: &Path) -> Option<String> {
     let text = fs::read_to_string(gpu.join("information")).ok()?;
     let line = text.lines().find_map(|line| line.strip_prefix("Model:"))?;
     Some(line.trim().to_string())
-}
-
-/// The last line of a program's version.
-fn version_of(program: &str) -> Option<String> {
-    let output = Command::new(program).arg("--version").output().ok().filter(|o| o.status.success())?;
-    let text = String::from_utf8_lossy(&output.stdout).into_owned();
-    text.lines().rfind(|line| !line.trim().is_empty()).map(|line| line.trim().to_string())
 }

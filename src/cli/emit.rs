@@ -26,13 +26,13 @@ pub struct Options {
     /// Stage to show
     #[arg(long, value_enum)]
     stage: StageName,
-    /// Only this kernel (stages kernels, llvm, asm and ptx)
+    /// Only this kernel (stages kernels, llvm, asm, ptx and sass)
     #[arg(long, value_name = "NAME")]
     kernel: Option<String>,
     /// Only this entry point (stages graph and fused): decode, prefill, fill or logits_all
     #[arg(long, value_name = "NAME")]
     entry: Option<String>,
-    /// Machine to compile for [default: this one; an artifact's first; cuda:sm_80 for ptx]
+    /// Machine to compile for [default: this one; an artifact's first; cuda:sm_80 for ptx and sass]
     #[arg(long, value_name = "TARGET")]
     target: Option<String>,
     #[command(flatten)]
@@ -55,7 +55,7 @@ enum StageName {
     Asm,
     /// PTX for cuda:sm_80, of the kernels that have a form for it
     Ptx,
-    /// Machine code of a GPU
+    /// Machine code for cuda:sm_80, by ptxas and nvdisasm: `llamac doctor` says how to get them
     Sass,
 }
 
@@ -68,20 +68,17 @@ pub fn emit(options: &Options, screen: &Screen) -> Result<(), CliError> {
         StageName::Llvm => Stage::Llvm,
         StageName::Asm => Stage::Asm,
         StageName::Ptx => Stage::Ptx,
-        StageName::Sass => {
-            let cure = "write PTX with --stage ptx and assemble it: ptxas -arch=sm_80 k.ptx -o k.cubin; nvdisasm k.cubin";
-            return Err(CliError::Usage(format!("llamac makes no SASS yet; {cure}")));
-        }
+        StageName::Sass => Stage::Sass,
     };
     if options.entry.is_some() && !matches!(stage, Stage::Graph | Stage::Fused) {
         return Err(CliError::Usage("--entry goes with --stage graph or fused".into()));
     }
     if options.kernel.is_some() && matches!(stage, Stage::Graph | Stage::Fused | Stage::Plan) {
-        return Err(CliError::Usage("--kernel goes with --stage kernels, llvm, asm or ptx".into()));
+        return Err(CliError::Usage("--kernel goes with --stage kernels, llvm, asm, ptx or sass".into()));
     }
     let model = Model::open(&options.model)?;
     let target = match (stage, &options.target) {
-        (Stage::Ptx, None) => Some(ARCHITECTURES[0].name),
+        (Stage::Ptx | Stage::Sass, None) => Some(ARCHITECTURES[0].name),
         (_, target) => target.as_deref(),
     };
     let lowering = Lowering::of(&model, &options.build, target, screen)?;
@@ -130,11 +127,15 @@ fn one_kernel(code: &Code, request: &Request<'_>, stage: Stage, name: &str) -> R
         (Backend::Cpu(level), Stage::Llvm) => {
             return Ok(codegen::lower::function(kernel, level.features, &mut BTreeSet::new()));
         }
-        (Backend::Cuda(_), Stage::Llvm | Stage::Ptx) => {
+        (Backend::Cuda(_), Stage::Llvm | Stage::Ptx | Stage::Sass) => {
             let alone = std::slice::from_ref(kernel);
             let llvm = code.backend.llvm(&code.lowered.plan, alone, false).map_err(CompileError::from)?;
-            let ptx = || code.backend.assembly(&llvm).map_err(CompileError::from);
-            return Ok(if stage == Stage::Ptx { ptx()? } else { llvm });
+            let text = match stage {
+                Stage::Ptx => code.backend.assembly(&llvm),
+                Stage::Sass => code.backend.machine_code(&llvm),
+                _ => Ok(llvm),
+            };
+            return Ok(text.map_err(CompileError::from)?);
         }
         _ => {}
     }

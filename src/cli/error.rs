@@ -18,6 +18,8 @@ use std::process::ExitCode;
 #[cfg(feature = "compiler")]
 use codegen::cpu::CodegenError;
 #[cfg(feature = "compiler")]
+use codegen::ptxas::PtxasError;
+#[cfg(feature = "compiler")]
 use llamac::check::device::LoadError;
 #[cfg(feature = "compiler")]
 use llamac::check::walk::WalkError;
@@ -456,6 +458,10 @@ fn codegen(error: &CodegenError) -> Exit {
         | CodegenError::Unsupported { .. }
         | CodegenError::NoLinker => Exit::Usage,
         CodegenError::Llvm { .. } | CodegenError::Link { .. } => Exit::Bug,
+        CodegenError::Ptxas(PtxasError::Missing(_) | PtxasError::Run { .. } | PtxasError::Said { .. }) => {
+            Exit::Usage
+        }
+        CodegenError::Ptxas(PtxasError::Refused { .. }) => Exit::Bug,
         CodegenError::Io(error) => write_failed(error),
     }
 }

@@ -10,7 +10,9 @@ use llamac::model::{Model, name_of};
 use models::checkpoint::Format;
 use models::{Checkpoint, Config, RopeKind};
 use runtime::artifact::{Artifact, is_weights};
-use runtime::manifest::Manifest;
+use runtime::gpu;
+use runtime::manifest::{Manifest, TargetCode};
+use serde::Serialize;
 use serde_json::{Value, json};
 
 #[derive(Args)]
@@ -148,6 +150,10 @@ fn inspect_artifact(
     for target in &manifest.targets {
         plans.push(runtime::cpu::read_plan(artifact, target)?);
     }
+    let mut gpus = Vec::new();
+    for target in &manifest.targets {
+        gpus.push(gpu_code(artifact, target)?);
+    }
     let runs_here = runtime::cpu::choose(artifact.file(), &manifest).ok().map(|target| target.name.clone());
     let pieces = match model.tokenizer() {
         Some(_) => Some(prompt::tokenizer(&options.model, model)?.vocab_size()),
@@ -159,9 +165,10 @@ fn inspect_artifact(
         (false, false) => "checked",
     };
     if screen.json {
-        let targets: Vec<Value> = manifest.targets.iter().zip(&plans).map(|(target, plan)| json!({
+        let targets: Vec<Value> = manifest.targets.iter().zip(&plans).zip(&gpus).map(|((target, plan), gpu)| json!({
             "name": target.name,
             "requires": target.requires,
+            "gpu": gpu,
             "entries": plan.entries.iter().map(|e| json!({
                 "name": e.name,
                 "tokens": [e.symbols.0.first().map(|s| s.min), e.symbols.0.first().map(|s| s.max)],
@@ -232,8 +239,20 @@ fn inspect_artifact(
         },
     ));
     text += &pairs(&rows);
-    for (target, plan) in manifest.targets.iter().zip(&plans) {
-        text += &format!("\n{} (needs {})\n", target.name, target.requires.join(" "));
+    for ((target, plan), gpu) in manifest.targets.iter().zip(&plans).zip(&gpus) {
+        text += &format!("\n{} (needs {}", target.name, target.requires.join(" "));
+        if let Some(GpuCode { ptx_isa, cubin }) = gpu {
+            let cubin =
+                cubin.as_ref().map_or("no machine code".to_string(), |Cubin { ptxas, bytes: size }| {
+                    format!(
+                        "machine code for {}: {} by ptxas {ptxas}",
+                        target.requires.join(" "),
+                        bytes(*size)
+                    )
+                });
+            text += &format!(" and PTX ISA {ptx_isa}; {cubin}");
+        }
+        text += ")\n";
         text += &entries_table(plan);
         text += &format!("\n{}", kernels_table(plan));
     }
@@ -249,6 +268,40 @@ fn inspect_artifact(
         text += &format!("\n{}", weights_table(plan));
     }
     print(&text)
+}
+
+/// What an artifact has for a GPU.
+#[derive(Serialize)]
+struct GpuCode {
+    /// Version of the PTX ISA that its PTX asks for: a driver must know it.
+    ptx_isa: String,
+    /// Machine code; none where PTX is all.
+    cubin: Option<Cubin>,
+}
+
+/// Machine code of one GPU.
+#[derive(Serialize)]
+struct Cubin {
+    /// Version of the `ptxas` that wrote it.
+    ptxas: String,
+    bytes: u64,
+}
+
+/// What a target has for a GPU; none if it is a CPU's.
+fn gpu_code(artifact: &Artifact, target: &TargetCode) -> Result<Option<GpuCode>, CliError> {
+    if target.arch != gpu::ARCH {
+        return Ok(None);
+    }
+    let ptx = String::from_utf8_lossy(artifact.require(&target.code_section())?);
+    let ptx_isa = gpu::isa(&ptx).unwrap_or("?").to_string();
+    let cubin = match &target.ptxas {
+        Some(ptxas) => {
+            let bytes = artifact.require(&target.cubin_section())?.len() as u64;
+            Some(Cubin { ptxas: ptxas.clone(), bytes })
+        }
+        None => None,
+    };
+    Ok(Some(GpuCode { ptx_isa, cubin }))
 }
 
 fn entries_table(plan: &Plan) -> String {

@@ -208,6 +208,8 @@ fn compiled(
         targets: vec![build.machine.target().to_string()],
         weights: true,
         taps: build.taps,
+        // Only the emulator runs what is compiled here for a GPU, and it reads PTX.
+        cubin: false,
         keep: None,
     };
     compile::to_file(&options, &file, screen)?;

@@ -193,6 +193,7 @@ fn artifacts() -> Result<(), Failed> {
         targets: vec!["cpu:x86-64-v3".to_string()],
         taps: false,
         measured: None,
+        cubin: false,
         keep: None,
     };
     llamac::compile::compile(&options, &right, &mut |_| std::ops::ControlFlow::Continue(()))?;

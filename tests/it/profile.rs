@@ -41,6 +41,7 @@ fn builtin(file: &Path, dtype: DType, taps: bool) -> Checked<Artifact> {
         targets: vec!["cpu:native".to_string()],
         taps,
         measured: None,
+        cubin: false,
         keep: None,
     };
     compile(&options, file, &mut |_| ControlFlow::Continue(()))?;

@@ -194,6 +194,7 @@ pub fn compile_model(file: &Path, out: &Path, dtype: DType, level: &str) -> Chec
         targets: vec![level.to_string()],
         taps: false,
         measured: None,
+        cubin: false,
         keep: None,
     };
     compile::compile(&options, out, &mut |_| ControlFlow::Continue(()))?;

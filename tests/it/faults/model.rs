@@ -77,6 +77,7 @@ impl Model {
             targets: vec!["cpu:native".to_string()],
             taps: true,
             measured: None,
+            cubin: false,
             keep: None,
         };
         compile::compile(&options, &file, &mut |_| ControlFlow::Continue(()))?;
