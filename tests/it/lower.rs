@@ -10,10 +10,10 @@
 //! * `// refused: message`: no code comes of it, for this reason.
 //!
 //! Objects of all kernels of the built-in model, and of random graphs, are disassembled for each CPU level; PTX of the same
-//! is assembled by `ptxas`.
+//! is read and assembled (`ptxas.rs`).
 
-use super::Checked;
 use super::skipped::skip;
+use super::{Checked, ptxas};
 use codegen::cpu::{Form, LEVELS, Level};
 use codegen::lower::Pause;
 use codegen::nvptx::{self, ARCHITECTURES, Architecture};
@@ -56,7 +56,6 @@ pub fn trials() -> Vec<Trial> {
         let name = format!("lower ptx {dtype}");
         trials.push(Trial::test(name.clone(), move || Ok(models_in_ptx(&name, dtype)?)));
     }
-    trials.push(Trial::test("lower ptx checks can fail", || Ok(ptx_checks_can_fail()?)));
     trials.push(Trial::test("lower ptx random", || Ok(random_in_ptx("lower ptx random")?)));
     trials
 }
@@ -79,7 +78,8 @@ fn text(name: &str, folder: &str, file: &Path) -> Checked<()> {
         let ptx = |kernels: &[Kernel]| nvptx::compile(&nvptx::llvm(kernels)?, gpu);
         match (ptx(&kernels(&text, &gpu.target())?), of("refused: ")) {
             (Ok(ptx), None) => {
-                accept(name, &ptx)?;
+                read(&ptx)?;
+                ptxas::check_instructions(name, &ptx, gpu)?;
                 ptx
             }
             (Err(why), Some(expected)) if why.to_string() == expected => return Ok(()),
@@ -383,7 +383,8 @@ fn random_kernels(target: &Target, kernels: &mut Kernels) -> Checked<()> {
 
 fn models_in_ptx(name: &str, dtype: DType) -> Checked<()> {
     for of in ["builtin", "preset:smollm2-135m"] {
-        accept_all(name, &model(of, dtype, &GPU.target())?)?;
+        let ptx = ptx(&model(of, dtype, &GPU.target())?)?;
+        ptxas::check_instructions(name, &ptx, GPU)?;
     }
     Ok(())
 }
@@ -395,84 +396,22 @@ fn random_in_ptx(name: &str) -> Checked<()> {
     for family in [Family::Rowwise, Family::Elementwise, Family::Gather] {
         assert!(count(family) > 0, "no {} kernel among them", family.name());
     }
-    accept_all(name, &kernels.list)
+    ptxas::check(name, &ptx(&kernels.list)?, GPU)
 }
 
 /// The GPU that every later one runs the code of.
 const GPU: &Architecture = &ARCHITECTURES[0];
 
-/// Reads and assembles a module of kernels.
-fn accept_all(name: &str, kernels: &[Kernel]) -> Checked<()> {
-    accept(name, &nvptx::compile(&nvptx::llvm(kernels)?, GPU)?).map(drop)
+/// A module of kernels, which is read.
+fn ptx(kernels: &[Kernel]) -> Checked<String> {
+    let ptx = nvptx::compile(&nvptx::llvm(kernels)?, GPU)?;
+    read(&ptx)?;
+    Ok(ptx)
 }
 
-/// A kernel that keeps something on the stack.
-const ON_THE_STACK: &str = ".version 7.4
-.target sm_80
-.address_size 64
-.visible .entry k_stack(.param .u64 out, .param .u32 at)
-{
-  .local .align 4 .b8 stack[64];
-  .reg .b32 %r<3>;
-  .reg .b64 %rd<5>;
-  ld.param.u64 %rd1, [out];
-  ld.param.u32 %r1, [at];
-  mov.u64 %rd2, stack;
-  mul.wide.u32 %rd3, %r1, 4;
-  add.s64 %rd4, %rd2, %rd3;
-  st.local.u32 [%rd4], %r1;
-  ld.local.u32 %r2, [%rd2];
-  st.global.u32 [%rd1], %r2;
-  ret;
-}
-";
-
-fn ptx_checks_can_fail() -> Checked<()> {
-    assert!(runtime::ptx::Module::parse(ON_THE_STACK).is_err(), "it was read");
-    for (ptx, fault) in [(ON_THE_STACK, "use the stack"), ("k_stack", "ptxas refuses it")] {
-        match assemble("lower ptx checks can fail", ptx) {
-            Ok(false) => return Ok(()),
-            Ok(true) => return Err(format!("overlooked: {fault}").into()),
-            Err(why) => assert!(why.to_string().contains(fault), "{why}"),
-        }
-    }
-    Ok(())
-}
-
-/// Reads PTX, in which every instruction must be known, and assembles it.
-fn accept(name: &str, ptx: &str) -> Checked<bool> {
+/// Every instruction of PTX must be known, and every kernel found.
+fn read(ptx: &str) -> Checked<()> {
     let module = runtime::ptx::Module::parse(ptx)?;
-    assert_eq!(module.kernels.len(), ptx.matches(".visible .entry").count(), "{name}");
-    assemble(name, ptx)
-}
-
-/// Assembles PTX, and finds nothing spilled and no stack; `false` where there is no `ptxas`.
-fn assemble(name: &str, ptx: &str) -> Checked<bool> {
-    let named = std::env::var_os("LLAMAC_PTXAS");
-    let tool = named.clone().unwrap_or_else(|| "ptxas".into());
-    let folder = tempfile::tempdir()?;
-    let (source, cubin) = (folder.path().join("kernels.ptx"), folder.path().join("kernels.cubin"));
-    std::fs::write(&source, ptx)?;
-    let output =
-        match Command::new(&tool).args(["-arch=sm_80", "-v"]).arg(&source).arg("-o").arg(&cubin).output() {
-            Err(why) if named.is_none() => {
-                skip(name, &format!("ptxas, in PATH or as LLAMAC_PTXAS: {why}"));
-                return Ok(false);
-            }
-            output => output?,
-        };
-    let log = String::from_utf8_lossy(&output.stderr).into_owned() + &String::from_utf8_lossy(&output.stdout);
-    if !output.status.success() {
-        return Err(format!("ptxas refuses it:\n{log}").into());
-    }
-    let wasted = |part: &str| {
-        let (bytes, what) = part.trim().split_once(" bytes ").unwrap_or(("0", ""));
-        bytes != "0" && (what.starts_with("stack frame") || what.starts_with("spill"))
-    };
-    let entries = ptx.matches(".visible .entry").count();
-    let reports = log.matches("bytes stack frame").count();
-    if entries != reports || log.split([',', '\n']).any(wasted) {
-        return Err(format!("{entries} kernels, of which some use the stack:\n{log}").into());
-    }
-    Ok(true)
+    assert_eq!(module.kernels.len(), ptx.matches(".visible .entry").count());
+    Ok(())
 }

@@ -2,6 +2,7 @@
 //!
 //! * [`builtin`]: the built-in model writes what transformers writes with it.
 //! * [`lower`]: kernels as LLVM IR, assembly, objects and PTX.
+//! * [`ptxas`]: what NVIDIA's assemblers make of PTX, and what the command does with it.
 //! * [`diff`]: the verbs `diff` and `plan --why`.
 //! * [`eval`]: the verb `eval` by the protocol of reference perplexities.
 //! * [`faults`]: faults planted in kernels, weights and plans, and what catches them.
@@ -40,6 +41,7 @@ mod gguf_file;
 mod lower;
 mod ops;
 mod profile;
+mod ptxas;
 mod random;
 mod readme;
 mod reference;
@@ -62,6 +64,7 @@ fn main() {
     trials.extend(builtin::trials());
     trials.extend(synchronisation::trials());
     trials.extend(lower::trials());
+    trials.extend(ptxas::trials());
     trials.extend(bad::trials());
     trials.extend(cli::trials());
     trials.extend(compare::trials());
