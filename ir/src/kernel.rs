@@ -35,6 +35,7 @@
 pub mod interp;
 pub mod parse;
 pub mod print;
+pub mod reads;
 pub mod verify;
 
 use crate::dim::{Dim, Sym, Symbols};

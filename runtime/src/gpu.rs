@@ -1,4 +1,4 @@
-//! What all GPUs have in common, real and emulated: which code of an artifact they take, and what a launch needs.
+//! What all GPUs have in common, real and emulated: which code of an artifact they take, and what a step launches.
 //!
 //! A kernel's parameters are the addresses of its buffers, then the symbols as 32-bit integers, each in the order of its text.
 //! Its workers are CTAs; any number of them computes the whole.
@@ -8,8 +8,8 @@ use crate::cpu::read_plan;
 use crate::device::DeviceError;
 use crate::manifest::{Manifest, TargetCode};
 use ir::dim::MAX_SYMBOLS;
-use ir::kernel::{self, Kernel};
-use ir::plan::{Launch, Plan};
+use ir::kernel::{self, Kernel, reads};
+use ir::plan::Plan;
 use std::path::Path;
 
 /// Version of how kernels are called; codegen's number must be the same.
@@ -18,7 +18,60 @@ pub const ABI: u32 = 1;
 /// Instruction set of GPU code, as a manifest names it.
 pub const ARCH: &str = "nvptx64";
 
-/// The first code of an artifact that a GPU of this compute capability runs, in tenths: 8.0 is 80. PTX runs on what came later.
+/// A form of code for GPUs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Form {
+    /// Machine code, for one kind of GPU.
+    Cubin,
+    /// Text that the driver compiles at load.
+    Ptx,
+}
+
+/// What GPUs of a range of compute capabilities take, best first.
+struct Row {
+    /// The first, in tenths: 8.0 is 80.
+    from: u32,
+    /// The last.
+    to: u32,
+    /// Code for this machine, in this form.
+    takes: &'static [(&'static str, Form)],
+}
+
+/// Which code a GPU takes. Machine code runs on its own major version, from its minor one on; PTX on all that came later, but
+/// that of an `a` architecture nowhere else (CUDA C++ Programming Guide, "Compute Capabilities").
+#[rustfmt::skip] // a table: one row a line
+const RULE: [Row; 3] = [
+    Row { from: 80, to: 89, takes: &[("sm_80", Form::Cubin), ("sm_80", Form::Ptx)] },
+    Row { from: 90, to: 90, takes: &[("sm_90a", Form::Cubin), ("sm_90a", Form::Ptx), ("sm_80", Form::Ptx)] },
+    Row { from: 100, to: u32::MAX, takes: &[("sm_80", Form::Ptx)] },
+];
+
+/// A compute capability in tenths, as it is written.
+pub fn capability_text(capability: u32) -> String {
+    format!("{}.{}", capability / 10, capability % 10)
+}
+
+/// What a GPU of this compute capability takes, best first; nothing if it is too old.
+pub fn takes(capability: u32) -> &'static [(&'static str, Form)] {
+    let row = RULE.iter().find(|row| row.from <= capability && capability <= row.to);
+    row.map_or(&[], |row| row.takes)
+}
+
+/// What the user should know of a GPU of this compute capability: that no code is for it in particular.
+pub fn remark(capability: u32) -> Option<String> {
+    let [(sm, Form::Ptx)] = takes(capability) else { return None };
+    Some(format!(
+        "a GPU of compute capability {}: it runs PTX for {sm}, which the driver compiles at load",
+        capability_text(capability)
+    ))
+}
+
+fn machine(target: &TargetCode) -> Option<&str> {
+    let gpu = target.arch == ARCH && target.abi == ABI;
+    target.requires.first().filter(|_| gpu).map(String::as_str)
+}
+
+/// The best code of an artifact for a GPU of this compute capability, in tenths: 8.0 is 80.
 ///
 /// # Errors
 ///
@@ -28,19 +81,41 @@ pub fn choose<'a>(
     manifest: &'a Manifest,
     capability: u32,
 ) -> Result<&'a TargetCode, DeviceError> {
-    let runs = |target: &TargetCode| {
-        let needs = target.requires.first().and_then(|sm| sm.strip_prefix("sm_")?.parse::<u32>().ok());
-        target.arch == ARCH && target.abi == ABI && needs.is_some_and(|needs| needs <= capability)
-    };
-    manifest.targets.iter().find(|target| runs(target)).ok_or_else(|| {
+    let of = |&(sm, _): &(&str, Form)| manifest.targets.iter().find(|target| machine(target) == Some(sm));
+    takes(capability).iter().find_map(of).ok_or_else(|| {
         let needs: Vec<String> =
             manifest.targets.iter().map(|t| format!("{} (ABI {})", t.name, t.abi)).collect();
         DeviceError::MissingFeature {
             file: file.to_path_buf(),
             needs: needs.join(" or "),
-            has: format!("a GPU of compute capability {}.{}, ABI {ABI}", capability / 10, capability % 10),
+            has: format!("a GPU of compute capability {}, ABI {ABI}", capability_text(capability)),
         }
     })
+}
+
+/// The sections of a target that hold its code in forms that such a GPU takes, best first.
+pub fn images(target: &TargetCode, has: impl Fn(&str) -> bool, capability: u32) -> Vec<(Form, String)> {
+    let forms = takes(capability).iter().filter(|(sm, _)| machine(target) == Some(sm));
+    let sections = forms.map(|&(_, form)| match form {
+        Form::Cubin => (form, target.cubin_section()),
+        Form::Ptx => (form, target.code_section()),
+    });
+    sections.filter(|(_, section)| has(section)).collect()
+}
+
+/// A launch as a GPU is asked for it. Two that are equal do the same on the same memory.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Call {
+    /// The kernel, by its number in the plan.
+    pub kernel: usize,
+    /// CTAs.
+    pub ctas: u32,
+    /// Threads of a CTA.
+    pub threads: u32,
+    /// Bytes of dynamic shared memory of a CTA.
+    pub shared_bytes: u32,
+    /// The parameters, as they lie in memory.
+    pub params: Vec<u8>,
 }
 
 /// Code for GPUs, taken from an artifact and checked.
@@ -52,6 +127,8 @@ pub struct GpuCode {
     pub kernels: Vec<Kernel>,
     /// The module of all kernels.
     pub ptx: String,
+    /// Of each kernel: the symbols that it reads.
+    reads: Vec<[bool; MAX_SYMBOLS]>,
 }
 
 impl GpuCode {
@@ -86,16 +163,51 @@ impl GpuCode {
             }
         }
         let ptx = text(target.code_section())?.1.to_string();
-        Ok(GpuCode { plan, kernels, ptx })
+        Ok(GpuCode::new(plan, kernels, ptx))
     }
 
-    /// The parameter bytes of a launch, for buffers at these addresses.
-    pub fn params(&self, launch: &Launch, addresses: &[u64], symbols: &[i64; MAX_SYMBOLS]) -> Vec<u8> {
-        let mut bytes: Vec<u8> = launch.args.iter().flat_map(|&arg| addresses[arg].to_le_bytes()).collect();
-        for (_, &value) in self.kernels[launch.kernel].symbols.0.iter().zip(symbols) {
-            bytes.extend((value as i32).to_le_bytes());
-        }
-        bytes
+    pub(crate) fn new(plan: Plan, kernels: Vec<Kernel>, ptx: String) -> GpuCode {
+        let reads = kernels.iter().map(reads::symbols).collect();
+        GpuCode { plan, kernels, ptx, reads }
+    }
+
+    /// What an entry point launches, in order, on buffers at these addresses, with at most so many CTAs each.
+    ///
+    /// A symbol that a kernel does not read is passed as 0, so that a launch depends on no more than it must.
+    pub fn calls(
+        &self,
+        entry: usize,
+        addresses: &[u64],
+        symbols: &[i64; MAX_SYMBOLS],
+        most_ctas: u32,
+    ) -> Vec<Call> {
+        let call = |launch: &ir::plan::Launch| {
+            let kernel = &self.kernels[launch.kernel];
+            let mut params: Vec<u8> =
+                launch.args.iter().flat_map(|&arg| addresses[arg].to_le_bytes()).collect();
+            for (number, _) in kernel.symbols.0.iter().enumerate() {
+                let value = if self.reads[launch.kernel][number] { symbols[number] } else { 0 };
+                params.extend((value as i32).to_le_bytes());
+            }
+            Call {
+                kernel: launch.kernel,
+                ctas: kernel.turns(symbols).min(most_ctas.into()) as u32,
+                threads: kernel.threads.into(),
+                shared_bytes: kernel.shared_bytes() as u32,
+                params,
+            }
+        };
+        self.plan.entries[entry].launches.iter().map(call).collect()
+    }
+
+    /// Does an entry point launch the same for all tokens and positions? Then it can be recorded once and replayed.
+    ///
+    /// Each symbol that a kernel of it reads has one value; what else changes from step to step lies in buffers.
+    pub fn is_constant(&self, entry: usize) -> bool {
+        let entry = &self.plan.entries[entry];
+        let varies = |number: usize| entry.symbols.0.get(number).is_none_or(|s| s.min != s.max);
+        let constant = |kernel: usize| (0..MAX_SYMBOLS).all(|n| !(self.reads[kernel][n] && varies(n)));
+        entry.launches.iter().all(|launch| constant(launch.kernel))
     }
 }
 
@@ -107,4 +219,77 @@ pub fn isa(ptx: &str) -> Option<&str> {
 /// A kernel's name in PTX, which knows no dots.
 pub fn symbol(kernel: &str) -> String {
     format!("k_{}", kernel.replace('.', "$"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What a GPU takes of an artifact with code for these machines, in the order in which it is tried.
+    fn taken(capability: u32, machines: &[&str], cubins: bool) -> String {
+        let target = |sm: &&str| TargetCode {
+            name: format!("cuda:{sm}"),
+            abi: ABI,
+            requires: vec![sm.to_string()],
+            arch: ARCH.to_string(),
+            weights: String::new(),
+        };
+        let manifest = Manifest {
+            model: String::new(),
+            config: serde_json::Value::Null,
+            dtype: String::new(),
+            context: 0,
+            weights: false,
+            targets: machines.iter().map(target).collect(),
+            taps: false,
+            compiler: String::new(),
+            llvm: String::new(),
+            bos: None,
+            eos: Vec::new(),
+        };
+        let target = match choose(Path::new("a.llamac"), &manifest, capability) {
+            Ok(target) => target,
+            Err(error) => return error.to_string(),
+        };
+        let has = |section: &str| cubins || !section.starts_with("cubin.");
+        let sections = images(target, has, capability).into_iter().map(|(_, section)| section);
+        sections.collect::<Vec<_>>().join(", ")
+    }
+
+    #[test]
+    #[rustfmt::skip] // a table: one GPU a line
+    fn each_gpu_takes_the_best_code_for_it() {
+        let (all, old) = (&["sm_80", "sm_90a"], &["sm_80"]);
+        let cases: &[(u32, &[&str], bool, &str)] = &[
+            (80, all, true, "cubin.cuda:sm_80, code.cuda:sm_80"),
+            (86, all, true, "cubin.cuda:sm_80, code.cuda:sm_80"),
+            (89, all, false, "code.cuda:sm_80"),
+            (90, all, true, "cubin.cuda:sm_90a, code.cuda:sm_90a"),
+            (90, all, false, "code.cuda:sm_90a"),
+            // Machine code for 8.0 does not run on 9.0, nor that for 9.0a anywhere else.
+            (90, old, true, "code.cuda:sm_80"),
+            (100, all, true, "code.cuda:sm_80"),
+            (103, all, true, "code.cuda:sm_80"),
+            (120, all, false, "code.cuda:sm_80"),
+        ];
+        for &(capability, machines, cubins, expected) in cases {
+            assert_eq!(taken(capability, machines, cubins), expected, "{capability} of {machines:?}");
+            assert_eq!(remark(capability).is_some(), capability >= 100, "{capability}");
+        }
+    }
+
+    #[test]
+    fn a_gpu_without_code_is_told_what_there_is() {
+        let said = "a.llamac: needs cuda:sm_80 (ABI 1) or cuda:sm_90a (ABI 1), this machine is a GPU of compute capability 7.5, \
+                    ABI 1; `compile --target` makes code for it";
+        assert_eq!(taken(75, &["sm_80", "sm_90a"], true), said);
+        assert!(
+            taken(86, &["sm_90a"], true)
+                .contains("needs cuda:sm_90a (ABI 1), this machine is a GPU of compute capability 8.6")
+        );
+        assert_eq!(
+            remark(120).unwrap(),
+            "a GPU of compute capability 12.0: it runs PTX for sm_80, which the driver compiles at load"
+        );
+    }
 }

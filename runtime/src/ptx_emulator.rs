@@ -7,12 +7,11 @@ use crate::artifact::Artifact;
 use crate::cpu::weights_of;
 use crate::device::{self, Device, DeviceError, Program, State, Step, StepOutputs, Tap, Tapped, Want};
 use crate::emulator::{self, Counts, Grid, Memory, Options, Sm, Sums};
-use crate::gpu::{self, GpuCode};
+use crate::gpu::{self, Call, GpuCode};
 use crate::manifest::Manifest;
 use crate::ptx::Module;
-use ir::dim::MAX_SYMBOLS;
 use ir::kernel::{Access, Space};
-use ir::plan::{Entry, Launch, Place, Plan};
+use ir::plan::{Entry, Place, Plan};
 use std::borrow::Cow;
 use std::ops::Range;
 use std::path::PathBuf;
@@ -159,9 +158,9 @@ impl EmulatedProgram {
         let at = past..past + step.tokens.len();
         memory.write(addresses[positions], &bytes(&mut at.map(|p| p as i32)));
         let origin = Instant::now();
-        for launch in 0..self.code.plan.entries[number].launches.len() {
+        for (launch, call) in self.code.calls(number, &addresses, &symbols, MOST_CTAS).iter().enumerate() {
             let begin = origin.elapsed().as_secs_f64();
-            let counts = self.launch(number, launch, &addresses, &symbols, &mut memory)?;
+            let counts = self.launch(number, launch, call, &addresses, &mut memory)?;
             self.counts += counts;
             let workers = [begin..origin.elapsed().as_secs_f64()];
             let entry = &self.code.plan.entries[number];
@@ -191,27 +190,25 @@ impl EmulatedProgram {
         &self,
         entry: usize,
         number: usize,
+        call: &Call,
         addresses: &[u64],
-        symbols: &[i64; MAX_SYMBOLS],
         memory: &mut Memory,
     ) -> Result<Counts, DeviceError> {
-        let launch: &Launch = &self.code.plan.entries[entry].launches[number];
-        let kernel = &self.code.kernels[launch.kernel];
-        for ((_, param), &arg) in kernel.params().zip(&launch.args) {
+        let kernel = &self.code.kernels[call.kernel];
+        for ((_, param), &arg) in kernel.params().zip(&self.code.plan.entries[entry].launches[number].args) {
             if param.space == Space::Global(Access::Write) {
                 memory.forget(addresses[arg], self.code.plan.buffers[arg].bytes);
             }
         }
         let grid = Grid {
-            ctas: [kernel.turns(symbols).min(i64::from(MOST_CTAS)) as u32, 1, 1],
-            threads: [kernel.threads.into(), 1, 1],
+            ctas: [call.ctas, 1, 1],
+            threads: [call.threads, 1, 1],
             cluster: 1,
-            dynamic_shared: kernel.shared_bytes() as u32,
+            dynamic_shared: call.shared_bytes,
         };
-        let params = self.code.params(launch, addresses, symbols);
         let options = Options { sm: self.device.sm, seed: self.device.seed, sums: self.device.sums };
-        self.kernels[launch.kernel]
-            .launch(&grid, &params, memory, &options)
+        self.kernels[call.kernel]
+            .launch(&grid, &call.params, memory, &options)
             .map_err(|report| DeviceError::Launch { kernel: kernel.name.clone(), said: report.to_string() })
     }
 }
