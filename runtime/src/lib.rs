@@ -10,6 +10,7 @@
 //! * [`pool`]: the worker threads of a CPU device; [`code`]: generated code and how it is called; [`cpu`]: the device
 //!   that does.
 //! * [`interpreter`]: the oracle as a device; [`null`]: the device that only checks.
+//! * [`gpu`]: what GPUs have in common; [`cuda`]: the device that runs on them; [`ptx_emulator`]: the one that emulates them.
 //! * [`meter`]: how fast this machine can read and multiply, which is what speeds are measured against.
 //! * [`ptx`]: PTX text as a typed module: every instruction that kernels use, by name; [`emulator`] runs it, and says what
 //!   is wrong with it.
@@ -22,6 +23,7 @@
 pub mod artifact;
 pub mod code;
 pub mod cpu;
+pub mod cuda;
 pub mod device;
 pub mod emulator;
 pub mod generate;

@@ -1,0 +1,357 @@
+//! The device on a driver that the PTX emulator stands behind: all but NVIDIA's driver itself.
+//!
+//! The model: `logits = table[token of each position so far], summed, + table`; the greedy choice is the position.
+
+use super::driver::{NoDriver, Version, is_out_of_memory, is_sticky};
+use super::*;
+use crate::artifact::ArtifactWriter;
+use crate::device::feed;
+use crate::manifest::GPU_WEIGHTS;
+use fake::with;
+use ir::plan;
+use libloading::Library;
+use std::path::Path;
+use std::process::Command;
+
+const PLAN: &str = include_str!("tests/tiny.plan");
+const KERNELS: &str = include_str!("tests/tiny.kernels");
+const PTX: &str = include_str!("tests/tiny.ptx");
+
+fn table(token: usize) -> f32 {
+    (token * token) as f32
+}
+
+/// What the model says after these tokens.
+fn logits(tokens: &[i32]) -> Vec<f32> {
+    let sum: f32 = tokens.iter().map(|&token| table(token as usize)).sum();
+    (0..16).map(|v| sum + table(v)).collect()
+}
+
+/// The model with other sections beside or instead of its own.
+fn artifact(folder: &Path, other: &[(&str, &str)]) -> Artifact {
+    let file = folder.join("tiny.llamac");
+    let mut writer = ArtifactWriter::create(&file, None).unwrap();
+    let weights: Vec<u8> = (0..16).flat_map(|token| table(token).to_le_bytes()).collect();
+    let own = [("plan.cuda:sm_80", PLAN), ("kernels.cuda:sm_80", KERNELS), ("code.cuda:sm_80", PTX)];
+    let own = own.into_iter().filter(|(name, _)| !other.iter().any(|(other, _)| name == other));
+    let texts = own.chain(other.iter().copied()).map(|(name, text)| (name, text.as_bytes()));
+    for (name, bytes) in texts.chain([(GPU_WEIGHTS, &weights[..])]) {
+        let mut section = writer.section(name).unwrap();
+        section.append(bytes).unwrap();
+        section.end().unwrap();
+    }
+    writer.finish(&manifest()).unwrap();
+    Artifact::open(&file).unwrap()
+}
+
+fn manifest() -> Manifest {
+    Manifest {
+        model: "tiny".to_string(),
+        config: serde_json::json!({}),
+        dtype: "f32".to_string(),
+        context: 16,
+        weights: true,
+        targets: vec![TargetCode {
+            name: "cuda:sm_80".to_string(),
+            abi: gpu::ABI,
+            requires: vec!["sm_80".to_string()],
+            arch: "nvptx64".to_string(),
+            weights: GPU_WEIGHTS.to_string(),
+        }],
+        taps: false,
+        compiler: String::new(),
+        llvm: String::new(),
+        bos: None,
+        eos: Vec::new(),
+    }
+}
+
+fn cuda() -> Cuda {
+    Cuda::of(fake::driver().unwrap(), 0).unwrap()
+}
+
+fn program(other: &[(&str, &str)]) -> Result<CudaProgram, DeviceError> {
+    let folder = tempfile::tempdir().unwrap();
+    cuda().open(&artifact(folder.path(), other))
+}
+
+fn count(name: &str) -> usize {
+    with(|fake| fake.calls.iter().filter(|&&call| call == name).count())
+}
+
+#[test]
+fn prompts_and_steps_give_what_the_model_says() {
+    let mut program = program(&[]).unwrap();
+    let mut state = program.state().unwrap();
+    let mut other = program.state().unwrap();
+    let mut tokens = vec![3, 1, 2, 9, 4, 4];
+    // A step of four, one of two; then one by one, by turns with another conversation.
+    let outputs = feed(&mut program, &tokens, None, Want::Logits, &mut state).unwrap();
+    assert_eq!(outputs.logits, logits(&tokens));
+    for token in [7, 0, 15] {
+        let outputs = program.run(&Step { tokens: &[token], want: Want::Logits }, &mut other).unwrap();
+        assert_eq!(outputs.logits.len(), 16);
+        tokens.push(token);
+        let outputs = program.run(&Step { tokens: &[token], want: Want::Logits }, &mut state).unwrap();
+        assert_eq!(outputs, StepOutputs { token: None, logits: logits(&tokens) });
+    }
+    assert_eq!(state.past(), 9);
+    let outputs = program.run(&Step { tokens: &[5], want: Want::Token }, &mut other).unwrap();
+    assert_eq!(outputs, StepOutputs { token: Some(3), logits: vec![] });
+    // One graph a state, whatever the position; prompts launch their kernels one by one.
+    assert_eq!((count("cuGraphInstantiateWithFlags"), count("cuGraphLaunch")), (2, 7));
+    assert_eq!(count("cuLaunchKernel"), 2 * 2 + 2 * 2);
+    drop((program, state, other));
+    assert_eq!(with(|fake| fake.live), 0, "something was not given back");
+}
+
+#[test]
+fn a_step_launches_the_same_at_every_position() {
+    let code = |kernels: &str| {
+        let plan = plan::parse::parse(PLAN).unwrap();
+        GpuCode::new(plan, ir::kernel::parse::parse(kernels).unwrap(), PTX.to_string())
+    };
+    let addresses: Vec<u64> = (1..=8).map(|n| n << 8).collect();
+    let calls = |code: &GpuCode, entry, t, p| code.calls(entry, &addresses, &[t, p, 0, 0], 16);
+    let own = code(KERNELS);
+    let (first, later) = (calls(&own, 0, 1, 0), calls(&own, 0, 1, 1000));
+    assert_eq!(first, later);
+    assert_eq!((first[0].ctas, first[1].shared_bytes, first[1].params.len()), (1, 64 << 10, 5 * 8 + 2 * 4));
+    assert!(own.is_constant(0));
+    // A prompt's length is a parameter, so a prompt is not recorded.
+    assert_ne!(calls(&own, 1, 2, 0), calls(&own, 1, 3, 0));
+    assert!(!own.is_constant(1));
+    // A kernel that reads the position shows, and is not recorded.
+    let other = code(&KERNELS.replace("load %positions[T - 1]", "load %positions[T - 1 + P - P]"));
+    assert_ne!(calls(&other, 0, 1, 0), calls(&other, 0, 1, 1000));
+    assert!(!other.is_constant(0));
+}
+
+#[test]
+fn launches_one_by_one_give_the_same_and_are_timed() {
+    let mut program = program(&[]).unwrap();
+    let mut state = program.state().unwrap();
+    let mut spans = Vec::new();
+    let mut cache = Vec::new();
+    let mut after = |tap: Tap<'_>| {
+        spans.push(tap.span());
+        cache = tap.bytes(3).to_vec();
+    };
+    let step = Step { tokens: &[3, 5], want: Want::Logits };
+    let outputs = program.run_tapped(&step, &mut state, &mut after).unwrap();
+    assert_eq!(outputs.logits, logits(&[3, 5]));
+    // The fake's clock: a millisecond a launch.
+    assert_eq!(spans, [0.0..1e-3, 1e-3..2e-3]);
+    let cached: Vec<f32> = cache.chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect();
+    assert_eq!(cached[..3], [9.0, 25.0, 0.0]);
+}
+
+#[test]
+fn a_buffer_that_cannot_be_read_fails_the_step() {
+    let mut program = program(&[]).unwrap();
+    let mut state = program.state().unwrap();
+    let mut after = |tap: Tap<'_>| {
+        with(|fake| fake.fault = Some(("cuMemcpyDtoH_v2", 0, 1)));
+        assert_eq!(tap.bytes(3).len(), 64);
+    };
+    let error =
+        program.run_tapped(&Step { tokens: &[1], want: Want::Token }, &mut state, &mut after).unwrap_err();
+    assert_eq!(error.to_string(), "device cuda:0: cuMemcpyDtoH_v2: error 1");
+    assert_eq!(state.past(), 0);
+}
+
+#[test]
+fn memory_is_counted_before_it_is_allocated() {
+    let folder = tempfile::tempdir().unwrap();
+    let artifact = artifact(folder.path(), &[]);
+    let cuda = cuda();
+    // Weights, arena, two inputs and a cache.
+    let needed = 64 + 128 + 2 * 64 + 64;
+    with(|fake| fake.free = needed - 1);
+    let error = cuda.open(&artifact).unwrap_err();
+    assert!(matches!(error, DeviceError::OutOfMemory { needed: 384, available: 383 }), "{error}");
+    assert_eq!(count("cuMemAlloc_v2"), 0);
+    with(|fake| fake.free = needed);
+    let program = cuda.open(&artifact).unwrap();
+    let _first = program.state().unwrap();
+    let error = program.state().unwrap_err();
+    assert!(matches!(error, DeviceError::OutOfMemory { needed: 64, available: 0 }), "{error}");
+}
+
+#[test]
+fn memory_that_others_took_meanwhile_is_no_panic() {
+    let folder = tempfile::tempdir().unwrap();
+    let artifact = artifact(folder.path(), &[]);
+    let cuda = cuda();
+    with(|fake| fake.fault = Some(("cuMemAlloc_v2", 2, 2)));
+    let error = cuda.open(&artifact).unwrap_err();
+    assert!(matches!(error, DeviceError::OutOfMemory { needed: 64, .. }), "{error}");
+    assert_eq!(with(|fake| fake.live), 0, "something was not given back");
+}
+
+#[test]
+fn after_a_fault_of_a_kernel_all_is_refused() {
+    // A write before the buffer.
+    let ptx =
+        PTX.replace("st.global.b32 [%rd5], %r3;", "sub.s64 %rd5, %rd5, 4096;\n\tst.global.b32 [%rd5], %r3;");
+    let mut program = program(&[("code.cuda:sm_80", &ptx)]).unwrap();
+    let mut state = program.state().unwrap();
+    let step = Step { tokens: &[1], want: Want::Token };
+    let error = program.run(&step, &mut state).unwrap_err();
+    let said = "launch of a kernel of @decode failed: cuStreamSynchronize: CUDA_ERROR_ILLEGAL_ADDRESS";
+    assert_eq!(error.to_string(), said);
+    assert_eq!(state.past(), 0);
+    // The driver is not asked again.
+    let calls = with(|fake| fake.calls.len());
+    let error = program.run(&step, &mut state).unwrap_err();
+    assert!(
+        matches!(&error, DeviceError::Driver { said, .. } if said.contains("start the program again")),
+        "{error}"
+    );
+    assert_eq!(with(|fake| fake.calls.len()), calls);
+    // Launch by launch, the kernel has a name.
+    let mut program = self::program(&[("code.cuda:sm_80", &ptx)]).unwrap();
+    let mut state = program.state().unwrap();
+    let error = program.run_tapped(&step, &mut state, &mut |_| ()).unwrap_err();
+    assert!(matches!(&error, DeviceError::Launch { kernel, .. } if kernel == "next"), "{error}");
+}
+
+#[test]
+fn a_recording_that_fails_leaves_a_stream_that_works() {
+    let mut program = program(&[]).unwrap();
+    let mut state = program.state().unwrap();
+    let step = Step { tokens: &[1], want: Want::Logits };
+    with(|fake| fake.fault = Some(("cuLaunchKernel", 1, 701)));
+    let error = program.run(&step, &mut state).unwrap_err();
+    assert_eq!(error.to_string(), "launch of next failed: cuLaunchKernel: error 701");
+    with(|fake| fake.fault = None);
+    assert_eq!(program.run(&step, &mut state).unwrap().logits, logits(&[1]));
+    drop((program, state));
+    assert_eq!(with(|fake| fake.live), 0, "something was not given back");
+}
+
+#[test]
+fn a_state_of_another_program_is_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let artifact = artifact(folder.path(), &[]);
+    let cuda = cuda();
+    let (mut program, other) = (cuda.open(&artifact).unwrap(), cuda.open(&artifact).unwrap());
+    let error =
+        program.run(&Step { tokens: &[1], want: Want::Token }, &mut other.state().unwrap()).unwrap_err();
+    assert!(matches!(error, DeviceError::ForeignState));
+}
+
+#[test]
+fn what_the_compiler_of_the_driver_says_is_told() {
+    let error = program(&[("code.cuda:sm_80", &PTX.replace("shl.b32", "shove.b32"))]).unwrap_err();
+    let said = error.to_string();
+    assert!(
+        said.contains("section `code.cuda:sm_80`: cuModuleLoadDataEx: CUDA_ERROR_INVALID_PTX; "),
+        "{said}"
+    );
+    assert!(said.contains("shove"), "{said}");
+    let error = program(&[("code.cuda:sm_80", &PTX.replace("k_next", "k_text"))]).unwrap_err();
+    assert!(matches!(&error, DeviceError::Launch { kernel, .. } if kernel == "next"), "{error}");
+}
+
+#[test]
+fn machine_code_that_the_driver_refuses_leaves_the_ptx() {
+    // The fake takes PTX alone, whichever section it is in.
+    let cubin = [("cubin.cuda:sm_80", PTX), ("code.cuda:sm_80", "none")];
+    program(&cubin).unwrap();
+    assert_eq!(count("cuModuleLoadDataEx"), 1);
+    program(&[("cubin.cuda:sm_80", "\u{7f}ELF")]).unwrap();
+    assert_eq!(count("cuModuleLoadDataEx"), 2);
+}
+
+#[test]
+fn too_much_shared_memory_is_refused_by_name() {
+    let kernels = KERNELS.replace("f32[16384]", "f32[45000]");
+    let error = program(&[("kernels.cuda:sm_80", &kernels)]).unwrap_err();
+    let said = error.to_string();
+    assert!(said.contains("launch of next failed: it needs 180096 bytes of shared memory, cuda:0"), "{said}");
+}
+
+#[test]
+fn gpus_are_refused_by_number_and_by_age() {
+    let driver = fake::driver().unwrap();
+    let said = Cuda::of(driver, 1).err().unwrap().to_string();
+    assert_eq!(
+        said,
+        "device cuda:1: the driver has no such GPU; there is cuda:0 Emulated, compute capability 8.0, 1.0 GiB"
+    );
+    with(|fake| fake.capability = (7, 5));
+    let said = Cuda::of(driver, 0).err().unwrap().to_string();
+    assert!(
+        said.ends_with("compute capability 7.5, 1.0 GiB: compute capability 8.0 or later is needed"),
+        "{said}"
+    );
+}
+
+#[test]
+fn uploads_go_in_pieces() {
+    let cuda = cuda();
+    let context = Context::open(cuda.driver, cuda.gpu).unwrap();
+    let bytes: Vec<u8> = (0..context::PIECE_BYTES + 100).map(|n| (n % 251) as u8).collect();
+    let buffer = Buffer::zeroed(&context, bytes.len()).unwrap();
+    buffer.write(0, &bytes).unwrap();
+    assert_eq!(count("cuMemcpyHtoD_v2"), 2);
+    let mut read = vec![0; bytes.len()];
+    buffer.read(0, &mut read).unwrap();
+    assert!(read == bytes);
+}
+
+#[test]
+fn versions_and_codes_are_what_the_driver_means() {
+    assert_eq!(Version(11_080).to_string(), "11.8");
+    assert!(Version(11_080) < Version::NEEDED && Version(12_000) >= Version::NEEDED);
+    assert!(is_out_of_memory(2) && !is_sticky(2));
+    let sticky: Vec<u32> = (0..2000).filter(|&code| is_sticky(code)).collect();
+    let expected = [4, 46, 214, 220, 700, 702, 709, 710, 714, 715, 716, 717, 718, 719, 810, 911, 999];
+    assert_eq!(sticky, expected);
+}
+
+#[test]
+fn without_a_driver_there_is_an_error_that_says_what_to_do() {
+    // Where there is one, it is used, and there may be a GPU.
+    match Driver::load() {
+        Ok(driver) => assert!(driver.version >= Version::NEEDED),
+        Err(none) => {
+            let said = Cuda::new(3).err().unwrap().to_string();
+            assert_eq!(said, format!("device cuda:3: {none}"));
+            assert!(said.contains("driver"), "{said}");
+        }
+    }
+}
+
+#[test]
+fn a_driver_that_is_too_old_is_refused_with_both_versions() {
+    let folder = tempfile::tempdir().unwrap();
+    let said = |name: &str, code: &str| {
+        let (source, library) = (folder.path().join(format!("{name}.c")), folder.path().join(name));
+        std::fs::write(&source, code).unwrap();
+        // Cargo links by the same program.
+        let linked = Command::new("cc").args(["-shared", "-o"]).arg(&library).arg(&source).status().unwrap();
+        assert!(linked.success());
+        // SAFETY: it has no initialisers.
+        Driver::of(&unsafe { Library::new(&library) }.unwrap()).err().unwrap()
+    };
+    let old = said("old.so", "int cuDriverGetVersion(int *version) { *version = 11080; return 0; }");
+    assert_eq!(old, NoDriver::Old { found: Version(11_080) });
+    let text = "the driver is of CUDA 11.8, needed is CUDA 12.0: install NVIDIA's driver 525 or later";
+    assert_eq!(old.to_string(), text);
+    // It says that it is new enough, and a function is missing all the same.
+    let part =
+        "int cuDriverGetVersion(int *version) { *version = 12000; return 0; } int cuInit() { return 0; }";
+    let function = "cuGetErrorName";
+    assert_eq!(said("part.so", part), NoDriver::Lacks { found: Version(12_000), function });
+    assert_eq!(said("other.so", "int other;"), NoDriver::Absent);
+}
+
+#[test]
+fn a_driver_that_does_not_start_says_why() {
+    fake::driver().unwrap();
+    with(|fake| fake.fault = Some(("cuInit", 0, 100)));
+    let said = fake::restart().err().unwrap().to_string();
+    assert_eq!(said, "the driver does not start: cuInit: CUDA_ERROR_NO_DEVICE");
+}
