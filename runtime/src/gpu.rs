@@ -233,6 +233,7 @@ mod tests {
             requires: vec![sm.to_string()],
             arch: ARCH.to_string(),
             weights: String::new(),
+            ptxas: None,
         };
         let manifest = Manifest {
             model: String::new(),

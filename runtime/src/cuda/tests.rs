@@ -57,6 +57,7 @@ fn manifest() -> Manifest {
             requires: vec!["sm_80".to_string()],
             arch: "nvptx64".to_string(),
             weights: GPU_WEIGHTS.to_string(),
+            ptxas: None,
         }],
         taps: false,
         compiler: String::new(),
