@@ -58,8 +58,12 @@ fn check(file: &Path) -> Result<(), Failed> {
         None => (&*text, None),
     };
     if let Some(names) = header.strip_prefix("// run:") {
+        let (names, target) = match names.split_once(" on ") {
+            Some((names, machine)) => (names, of_name(machine)?),
+            None => (names, cpu()),
+        };
         let names: Vec<&str> = names.split(',').map(str::trim).collect();
-        return compare(file, input, expected.unwrap_or(""), &after_passes(input, &names)?);
+        return compare(file, input, expected.unwrap_or(""), &after_passes(input, &names, &target)?);
     }
     if header == "// print" {
         let actual = printed(&parse::graphs(input)?);
@@ -69,7 +73,7 @@ fn check(file: &Path) -> Result<(), Failed> {
             None => Err(diff(body(input), &actual).into()),
         };
     }
-    Err("the first line says nothing to do: `// run: pass, ..`, `// print`, or `// error: ..` at a fault"
+    Err("the first line says nothing to do: `// run: pass, ..` (with ` on cuda:sm_80` for a GPU), `// print`, or `// error: ..` at a fault"
         .into())
 }
 
@@ -87,18 +91,18 @@ fn printed(graphs: &[Graph]) -> String {
 }
 
 /// What the graphs print as after the passes, or their kernels or plan; or the verifier's error, which names the pass.
-fn after_passes(input: &str, names: &[&str]) -> Result<String, Failed> {
+fn after_passes(input: &str, names: &[&str], target: &Target) -> Result<String, Failed> {
     let mut graphs = parse::graphs(input)?;
     graphs.iter().try_for_each(verify::verify)?;
     for name in names {
         let pass = passes::find(name).ok_or_else(|| format!("there is no pass `{name}`"))?;
         match pass.run {
-            passes::Run::Graph(run) => graphs.iter_mut().try_for_each(|graph| run(graph, &target()))?,
+            passes::Run::Graph(run) => graphs.iter_mut().try_for_each(|graph| run(graph, target))?,
             passes::Run::Graphs(run) => run(&mut graphs.iter_mut().collect::<Vec<_>>()),
             // Kernels are made with the plan where one follows.
             passes::Run::Kernels if names.last() != Some(name) => continue,
-            passes::Run::Kernels => return lowered(&graphs, false),
-            passes::Run::Plan => return lowered(&graphs, true),
+            passes::Run::Kernels => return lowered(&graphs, target, false),
+            passes::Run::Plan => return lowered(&graphs, target, true),
         }
         if let Some(error) = graphs.iter().find_map(|graph| verify::verify(graph).err()) {
             return Ok(format!("after {name}: {error}\n"));
@@ -108,11 +112,11 @@ fn after_passes(input: &str, names: &[&str]) -> Result<String, Failed> {
 }
 
 /// The kernels of scheduled graphs, or their plan; or why a group has no kernel.
-fn lowered(graphs: &[Graph], plan: bool) -> Result<String, Failed> {
+fn lowered(graphs: &[Graph], target: &Target, plan: bool) -> Result<String, Failed> {
     let mut kernels = Kernels::default();
     let mut entries = Vec::new();
     for graph in graphs {
-        match passes::lower::lower(graph, &target(), &mut kernels) {
+        match passes::lower::lower(graph, target, &mut kernels) {
             Ok(launches) => entries.push(passes::memory::Lowered { graph, launches, give: Give::of(graph) }),
             Err(why) => return Ok(format!("lower: {why}\n")),
         }
@@ -123,9 +127,17 @@ fn lowered(graphs: &[Graph], plan: bool) -> Result<String, Failed> {
     Ok(kernels.list.iter().map(|kernel| kernel.to_string()).collect::<Vec<_>>().join("\n"))
 }
 
-/// What schedules are chosen for: a CPU with AVX-512.
-fn target() -> Target {
+/// What schedules are chosen for, unless a text says otherwise: a CPU with AVX-512.
+fn cpu() -> Target {
     Target::cpu("cpu:x86-64-v4", 32, 64)
+}
+
+/// What a text says behind ` on `.
+fn of_name(machine: &str) -> Result<Target, Failed> {
+    match machine.trim() {
+        name @ "cuda:sm_80" => Ok(Target::gpu(name, 99 << 10)),
+        other => Err(format!("there is no machine `{other}`").into()),
+    }
 }
 
 fn compare(file: &Path, input: &str, expected: &str, actual: &str) -> Result<(), Failed> {

@@ -1,14 +1,14 @@
 //! The op suite: the table of `llamac::check::cases` on every device.
 //!
-//! On this machine's own code every case with its default schedule; interpreted and verified too. The verb
-//! `check` walks the same table further.
+//! On this machine's own code every case with its default schedule; interpreted and verified too. GPU code on the emulator, in
+//! shapes of its own. The verb `check` walks the same table further.
 
 use crate::Checked;
 use codegen::Backend;
 use ir::graph::Family;
 use libtest_mimic::Trial;
-use llamac::check::cases::cases;
-use llamac::check::walk::{How, Walk, walk};
+use llamac::check::cases::{cases, gpu};
+use llamac::check::walk::{How, Report, Walk, walk};
 use std::ops::ControlFlow;
 
 /// One test a family.
@@ -16,7 +16,16 @@ pub fn trials() -> Vec<Trial> {
     let trial = |family: Family| {
         Trial::test(format!("ops {}", family.name()), move || ops(family).map_err(Into::into))
     };
-    Family::ALL.map(trial).into()
+    let mut trials: Vec<Trial> = Family::ALL.map(trial).into();
+    trials.push(Trial::test("ops on ptx-emulator", || emulated().map_err(Into::into)));
+    trials
+}
+
+fn emulated() -> Checked<()> {
+    let backends = vec![Backend::of("cuda:sm_80")?];
+    let plan = Walk { family: None, schedules: Some(1), seed: 1, backends, how: vec![How::Code] };
+    let report = walk(&plan, &gpu(false), &mut |_, _| ControlFlow::Continue(()))?;
+    sound("ops on ptx-emulator", &report, &["cuda:sm_80"])
 }
 
 fn ops(family: Family) -> Checked<()> {
@@ -29,6 +38,11 @@ fn ops(family: Family) -> Checked<()> {
         how: vec![How::Code, How::Interpreter, How::Null],
     };
     let report = walk(&plan, &cases(), &mut |_, _| ControlFlow::Continue(()))?;
+    sound(&format!("ops {}", family.name()), &report, &["cpu:native", "interpreter", "null"])
+}
+
+/// Tells what was judged; nothing may be wrong or refused, and something must have run on each device.
+fn sound(name: &str, report: &Report, devices: &[&str]) -> Checked<()> {
     for ((family, dtype, device), tally) in &report.rows {
         println!(
             "ops {} {dtype} on {device}: {} launches, {:.3} of the hard bound ({}), {:.3} of the statistical",
@@ -39,15 +53,15 @@ fn ops(family: Family) -> Checked<()> {
             tally.shares.typical
         );
     }
-    println!("ops {}: {} launches", family.name(), report.launches());
+    println!("{name}: {} launches", report.launches());
     if let Some(failure) = report.failures.first() {
         return Err(format!("{} launches are wrong, the first: {failure:#?}", report.failures.len()).into());
     }
     if let Some(why) = report.refused.first() {
         return Err(format!("{} groups without a kernel, the first: {why}", report.refused.len()).into());
     }
-    for device in ["cpu:native", "interpreter", "null"] {
-        if !report.rows.keys().any(|row| row.2 == device) {
+    for device in devices {
+        if !report.rows.keys().any(|row| row.2 == *device) {
             return Err(format!("nothing ran on {device}").into());
         }
     }

@@ -37,7 +37,7 @@ pub fn fuse(graph: &mut Graph, target: &Target) {
     ctx.elements();
     copy_views(graph);
     sort(graph);
-    remark_stored(graph);
+    remark_stored(graph, on_gpu);
 }
 
 /// Is the value bound from outside, or written where it is read?
@@ -513,7 +513,7 @@ fn last_value(graph: &Graph, group: GroupId) -> ValueId {
 }
 
 /// Leaves a remark on each group for what it stores and other groups read: why they are not one kernel.
-fn remark_stored(graph: &mut Graph) {
+fn remark_stored(graph: &mut Graph, on_gpu: bool) {
     let users = graph.users();
     for id in graph.ids() {
         // A cache is memory whoever reads it.
@@ -527,7 +527,7 @@ fn remark_stored(graph: &mut Graph) {
         let group = |id: GroupId| &graph.groups[id.0 as usize];
         let why = match readers[..] {
             [] => continue,
-            [reader] => why_apart(graph, id, own, reader),
+            [reader] => why_apart(graph, id, own, reader, on_gpu),
             [first, second] => format!("@{} and @{} read it", group(first).name, group(second).name),
             _ => format!("{} kernels read it", readers.len()),
         };
@@ -537,7 +537,7 @@ fn remark_stored(graph: &mut Graph) {
 }
 
 /// Why `reader` is not part of `own`, whose `id` nobody else reads.
-fn why_apart(graph: &Graph, id: ValueId, own: GroupId, reader: GroupId) -> String {
+fn why_apart(graph: &Graph, id: ValueId, own: GroupId, reader: GroupId, on_gpu: bool) -> String {
     let (from, to) = (&graph.groups[own.0 as usize], &graph.groups[reader.0 as usize]);
     let name = &to.name;
     match (from.family, to.family) {
@@ -545,6 +545,9 @@ fn why_apart(graph: &Graph, id: ValueId, own: GroupId, reader: GroupId) -> Strin
         (_, Family::Sample) => format!("the choice @{name} reads whole rows"),
         (_, Family::Rowwise) => format!("the reduction @{name} reads whole rows"),
         (Family::Gather, _) => "a gather is a kernel of its own".to_string(),
+        (_, Family::Dot) if on_gpu && is_summed(graph, id, reader) => {
+            format!("the product @{name} copies rows as they lie in memory")
+        }
         (_, Family::Dot) if is_summed(graph, id, reader) => {
             format!("the product @{name} sums over whole rows")
         }
