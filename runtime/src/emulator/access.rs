@@ -102,11 +102,12 @@ impl Access {
         if space == Space::Generic {
             access.find_space()?;
         }
-        let misaligned =
-            super::arithmetic::map(&access.addresses, |address| address & u64::from(bytes - 1) != 0);
-        let lanes = super::arithmetic::bits(&misaligned) & mask;
-        if lanes != 0 {
-            let lane = lanes.trailing_zeros();
+        let low = u64::from(bytes - 1);
+        let wrong = |lane: u32| access.addresses[lane as usize] & low != 0;
+        // All lanes at once first, those that do not run among them.
+        if access.addresses.iter().fold(0, |all, address| all | address) & low != 0
+            && let Some(lane) = lanes(mask).find(|&lane| wrong(lane))
+        {
             let address = access.addresses[lane as usize];
             return Err(at_lane(lane, Fault::Misaligned { space: access.space, address, align: bytes }));
         }

@@ -122,20 +122,22 @@ impl Knowledge {
     #[inline(always)]
     fn after(&self, cell: &Cell, lane: u8) -> bool {
         let warp = cell.agent.wrapping_sub(self.first) as usize;
-        self.seen.get(warp).is_some_and(|&seen| cell.clock <= seen) || self.after_by_lane(cell, lane)
+        let own = cell.agent == self.agent && cell.lane == lane && lane < WHOLE && !cell.in_flight();
+        cell.clock == 0
+            || self.seen.get(warp).is_some_and(|&seen| cell.clock <= seen)
+            || own
+            || self.after_by_lane(cell, lane)
     }
 
     #[inline(never)]
     fn after_by_lane(&self, cell: &Cell, lane: u8) -> bool {
-        if cell.clock == 0 || cell.in_flight() {
-            return cell.clock == 0;
+        if cell.in_flight() {
+            return false;
         }
-        if cell.agent == self.agent && cell.lane < WHOLE && lane < WHOLE {
-            let apart =
-                self.pairs.as_ref().map_or(0, |pairs| pairs[usize::from(lane)][usize::from(cell.lane)]);
-            if cell.lane == lane || cell.clock <= apart {
-                return true;
-            }
+        if let (true, Some(pairs)) = (cell.agent == self.agent && cell.lane.max(lane) < WHOLE, &self.pairs)
+            && cell.clock <= pairs[usize::from(lane)][usize::from(cell.lane)]
+        {
+            return true;
         }
         let says = |message: &Message| {
             let of = |lane| message.get(&(cell.agent, lane)).is_some_and(|&clock| cell.clock <= clock);
