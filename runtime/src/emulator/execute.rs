@@ -397,28 +397,23 @@ impl Warp {
         let lanes = run.first as usize..(run.first + run.lanes) as usize;
         for (at, reg) in d.iter().enumerate() {
             let index = usize::from(reg.index);
-            let parts = from.chunks_exact(size).skip(at).step_by(d.len());
-            match (run.stride, reg.wide, size) {
-                (0, true, _) => {
-                    self.wide[index][lanes.clone()].fill(extended(ty, &from[at * size..][..size]))
-                }
-                (0, false, _) => {
-                    self.narrow[index][lanes.clone()].fill(extended(ty, &from[at * size..][..size]) as u32);
-                }
-                (_, false, 4) => {
-                    self.narrow[index][lanes.clone()].iter_mut().zip(parts).for_each(|(lane, part)| {
+            let mut parts = from.chunks_exact(size * d.len()).map(|lane| &lane[at * size..][..size]);
+            match (reg.wide, size) {
+                (false, 4) if run.stride != 0 => {
+                    for (lane, part) in self.narrow[index][lanes.clone()].iter_mut().zip(parts) {
                         *lane = u32::from_le_bytes(part.try_into().expect("4 bytes"));
-                    })
+                    }
                 }
-                (_, true, _) => {
-                    self.wide[index][lanes.clone()].iter_mut().zip(parts).for_each(|(lane, part)| {
-                        *lane = extended(ty, part);
-                    })
-                }
-                (_, false, _) => {
-                    self.narrow[index][lanes.clone()].iter_mut().zip(parts).for_each(|(lane, part)| {
-                        *lane = extended(ty, part) as u32;
-                    })
+                _ => {
+                    let mut value = 0;
+                    for lane in lanes.clone() {
+                        // Lanes that read the same share the one part.
+                        value = parts.next().map_or(value, |part| extended(ty, part));
+                        match reg.wide {
+                            true => self.wide[index][lane] = value,
+                            false => self.narrow[index][lane] = value as u32,
+                        }
+                    }
                 }
             }
         }
@@ -429,7 +424,7 @@ impl Warp {
         let size = ty.bits() as usize / 8;
         let first = run.first as usize;
         for (at, &reg) in a.iter().enumerate() {
-            let parts = to.chunks_exact_mut(size).skip(at).step_by(a.len());
+            let parts = to.chunks_exact_mut(size * a.len()).map(|lane| &mut lane[at * size..][..size]);
             match self.source(reg) {
                 Source::Narrow(lanes) => parts.zip(&lanes[first..]).for_each(|(part, lane)| {
                     part.copy_from_slice(&lane.to_le_bytes()[..size]);
@@ -498,21 +493,18 @@ impl Warp {
         let rows = ALL >> (LANES - 8 * d.len());
         let access = Access::new(Space::Shared, self.addresses(address), rows, 16)?;
         reach.count(&access, false);
-        let mut bytes = [[0; 16]; LANES];
+        let mut rows = [[[0u16; 8]; 8]; 4];
         for run in access.runs(false) {
             let spot = reach.spot(Space::Shared, run, 16)?;
             reach.watch(&spot, run, 16, How { whole: true, pc, ..How::default() }, &self.knowledge)?;
             let from = reach.read(&spot, run, 16)?;
-            for (row, from) in bytes[run.first as usize..].iter_mut().zip(from.chunks_exact(16)) {
-                row.copy_from_slice(from);
+            let rows = &mut rows.as_flattened_mut()[run.first as usize..];
+            for (row, from) in rows.iter_mut().zip(from.chunks_exact(16)) {
+                *row = std::array::from_fn(|at| u16::from_le_bytes([from[2 * at], from[2 * at + 1]]));
             }
         }
-        for (matrix, &d) in d.iter().enumerate() {
-            let rows = &bytes[8 * matrix..8 * matrix + 8];
-            let half = |(row, column): (usize, usize)| {
-                let at: &[u8; 16] = &rows[row];
-                u32::from(u16::from_le_bytes([at[2 * column], at[2 * column + 1]]))
-            };
+        for (rows, &d) in rows.iter().zip(d) {
+            let half = |(row, column): (usize, usize)| u32::from(rows[row][column]);
             let mut value = [0; LANES];
             for (lane, value) in value.iter_mut().enumerate() {
                 let [low, high] = matrix::place_ldmatrix(lane, trans);
