@@ -473,8 +473,12 @@ impl Warp {
 
     /// An asynchronous copy begins: its target is nobody's until it is waited for.
     fn request(&self, copy: &AsyncCopy, pc: u16, reach: &mut Reach<'_>) -> Checked<()> {
-        if let Some((run, spot)) = copy.source(reach)? {
-            reach.watch(&spot, run, copy.read, How { pc, ..How::default() }, &self.knowledge)?;
+        // Any number of bytes may be read, in pieces as large as an access may have.
+        let piece = 1 << copy.read.trailing_zeros().min(4);
+        for at in (0..copy.read).step_by(piece as usize) {
+            let run = Run::one(copy.lane, copy.from + u64::from(at));
+            let spot = reach.spot(Space::Global, run, piece)?;
+            reach.watch(&spot, run, piece, How { pc, ..How::default() }, &self.knowledge)?;
         }
         let (run, spot) = copy.target(reach)?;
         let how = How { write: true, in_flight: true, pc, ..How::default() };
