@@ -59,7 +59,7 @@ pub fn symbol(kernel: &str) -> String {
 
 /// The kernel of that name in PTX.
 pub fn kernel(symbol: &str) -> String {
-    symbol.trim_start_matches("k_").replace('$', ".")
+    symbol.strip_prefix("k_").unwrap_or(symbol).replace('$', ".")
 }
 
 /// Can PTX be made of this kernel?

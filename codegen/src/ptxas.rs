@@ -78,8 +78,8 @@ pub enum PtxasError {
         /// What the system said.
         source: io::Error,
     },
-    /// It does not accept our own text: a fault of llamac.
-    #[error("{} refused generated code (a fault of llamac; please report it): {said}", file.display())]
+    /// It does not accept our own text.
+    #[error("{} refused generated code: it is older than CUDA 12, or this is a fault of llamac (please report it): {said}", file.display())]
     Refused {
         /// The program.
         file: PathBuf,
@@ -244,7 +244,7 @@ impl Report {
         (whole && frames >= report.kernels.len()).then_some(report)
     }
 
-    /// What makes kernels slow that are not: spilled registers, local memory, messages C75xx. A line each.
+    /// What the assembler could not do well: spilled registers, local memory, messages C75xx. A line each.
     pub fn losses(&self) -> Vec<String> {
         let wasteful = |kernel: &&KernelReport| {
             kernel.stack_bytes + kernel.spill_store_bytes + kernel.spill_load_bytes > 0

@@ -242,14 +242,10 @@ fn inspect_artifact(
     for ((target, plan), gpu) in manifest.targets.iter().zip(&plans).zip(&gpus) {
         text += &format!("\n{} (needs {}", target.name, target.requires.join(" "));
         if let Some(GpuCode { ptx_isa, cubin }) = gpu {
-            let cubin =
-                cubin.as_ref().map_or("no machine code".to_string(), |Cubin { ptxas, bytes: size }| {
-                    format!(
-                        "machine code for {}: {} by ptxas {ptxas}",
-                        target.requires.join(" "),
-                        bytes(*size)
-                    )
-                });
+            let cubin = match cubin {
+                Some(cubin) => format!("{} of machine code by ptxas {}", bytes(cubin.bytes), cubin.ptxas),
+                None => "no machine code".to_string(),
+            };
             text += &format!(" and PTX ISA {ptx_isa}; {cubin}");
         }
         text += ")\n";

@@ -189,7 +189,7 @@ fn checks_can_fail(name: &str) -> Checked<()> {
     Ok(())
 }
 
-/// The command in a place where the newest assembler is the only one.
+/// The command with this assembler.
 fn with_tools(place: &Place, ptxas: &Program, arguments: &str) -> Said {
     Said::of(place.command(arguments).env("LLAMAC_PTXAS", &ptxas.file))
 }
@@ -209,8 +209,9 @@ fn cubin(name: &str) -> Checked<()> {
         assert_eq!(target["gpu"]["ptx_isa"], "7.4");
         assert_eq!(target["gpu"]["cubin"]["ptxas"], ptxas.version.as_str());
         let shown = run("inspect a.llamac").out;
-        let expected = "\ncuda:sm_80 (needs sm_80 and PTX ISA 7.4; machine code for sm_80: ";
-        assert!(shown.contains(expected) && shown.contains("cubin.cuda:sm_80"), "{shown}");
+        let expected = "\ncuda:sm_80 (needs sm_80 and PTX ISA 7.4; ";
+        assert!(shown.contains(expected) && shown.contains("\ncubin.cuda:sm_80 "), "{shown}");
+        assert!(shown.contains(&format!(" of machine code by ptxas {})", ptxas.version)), "{shown}");
         let sass = run("emit builtin --ctx 64 --stage sass").out;
         assert!(
             place.read("a/cuda-sm_80/sass.sass") == sass.as_bytes(),
