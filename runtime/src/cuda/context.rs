@@ -9,7 +9,7 @@
 //!    context; [`Context::ask`] makes it current before each call.
 //! 2. A handle lives as long as the object that holds it, each of which holds the context; nobody else has it.
 //! 3. Places that the driver writes or reads in this program's memory are borrowed during the call and as large as it is
-//!    told. No memory of this program is mapped for the device, so a kernel can reach none of it, whatever it does.
+//!    told. Kernels keep to the memory of their parameters: an artifact is code, and loading one is trusting it.
 //! 4. After a sticky error nothing is asked any more but to let go.
 
 use super::driver::{Driver, Failure, Functions, Gpu, is_out_of_memory, is_sticky, until_nul};
@@ -116,11 +116,13 @@ impl Drop for Context {
     fn drop(&mut self) {
         let Functions { cuCtxSetCurrent, cuStreamDestroy_v2, cuDevicePrimaryCtxRelease_v2, .. } =
             self.driver.functions;
-        // SAFETY: invariants 1 and 2: whoever had a handle of this context held the context. A stream of null, where opening
-        // failed, is refused.
+        // SAFETY: invariants 1 and 2: whoever had a handle of this context held the context.
         unsafe {
             cuCtxSetCurrent(self.context);
-            cuStreamDestroy_v2(self.stream);
+            // Null, where opening failed, would be the default stream.
+            if !self.stream.is_null() {
+                cuStreamDestroy_v2(self.stream);
+            }
             cuDevicePrimaryCtxRelease_v2(self.gpu.device);
         }
     }
@@ -329,8 +331,7 @@ impl Module {
             (&raw mut bytes).cast(),
             key(sys::CU_LAUNCH_PARAM_END_AS_INT),
         ];
-        // SAFETY: invariants 1 to 3: the driver copies the parameters before it returns and writes nothing; the kernel can
-        // reach no memory of this program.
+        // SAFETY: invariants 1 to 3: the driver copies the parameters before it returns and writes nothing.
         let asked = self.context.ask("cuLaunchKernel", |driver| unsafe {
             let (stream, extra) = (self.context.stream, extra.as_mut_ptr());
             let (function, none) = (*function, ptr::null_mut());
@@ -346,7 +347,8 @@ impl Module {
     /// As [`Module::launch`]; or what the driver says of the recording.
     pub fn record(self: &Arc<Module>, calls: &[Call]) -> Result<Graph, DeviceError> {
         let context = &self.context;
-        let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+        // Relaxed, because a driver may load a kernel only when it is first launched, which other modes refuse.
+        let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED;
         // SAFETY: invariants 1 and 2.
         context.ask("cuStreamBeginCapture_v2", |driver| unsafe {
             (driver.cuStreamBeginCapture_v2)(context.stream, mode)

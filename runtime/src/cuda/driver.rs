@@ -9,6 +9,7 @@
 //! 2. Results are plain numbers here, not an enum of `cudarc`'s: a later driver may answer with a code that no header had.
 
 use crate::device::DeviceError;
+use crate::gpu::capability_text;
 use cudarc::driver::sys;
 use libloading::Library;
 use std::ffi::{CStr, c_char, c_int, c_uchar, c_uint, c_ulonglong, c_void};
@@ -187,9 +188,9 @@ pub struct Gpu {
 
 impl fmt::Display for Gpu {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let (capability, gib) = (self.capability, self.memory_bytes as f64 / f64::from(1 << 30));
-        let (major, minor) = (capability / 10, capability % 10);
-        write!(f, "cuda:{} {}, compute capability {major}.{minor}, {gib:.1} GiB", self.number, self.name)
+        let Gpu { number, name, capability, .. } = self;
+        let (capability, gib) = (capability_text(*capability), self.memory_bytes as f64 / f64::from(1 << 30));
+        write!(f, "cuda:{number} {name}, compute capability {capability}, {gib:.1} GiB")
     }
 }
 

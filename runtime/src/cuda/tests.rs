@@ -191,6 +191,21 @@ fn memory_that_others_took_meanwhile_is_no_panic() {
 }
 
 #[test]
+fn what_fails_at_load_gives_back_what_was_made() {
+    let folder = tempfile::tempdir().unwrap();
+    let artifact = artifact(folder.path(), &[]);
+    let cuda = cuda();
+    for call in
+        ["cuStreamCreate", "cuModuleLoadDataEx", "cuModuleGetFunction", "cuMemGetInfo_v2", "cuMemcpyHtoD_v2"]
+    {
+        with(|fake| fake.fault = Some((call, 0, 1)));
+        let said = cuda.open(&artifact).unwrap_err().to_string();
+        assert!(said.ends_with(&format!("{call}: error 1")), "{said}");
+        assert_eq!(with(|fake| fake.live), 0, "{call}: something was not given back");
+    }
+}
+
+#[test]
 fn after_a_fault_of_a_kernel_all_is_refused() {
     // A write before the buffer.
     let ptx =
