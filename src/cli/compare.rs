@@ -170,7 +170,7 @@ pub fn compare(options: &Options, screen: &Screen) -> Result<(), CliError> {
     let needed = asked.map_or(needed, |tokens| tokens.len().max(1));
     let ctx = (!matches!(model, Model::Artifact(_))).then_some(needed.min(config.context));
     let taps = launches || trace.is_some();
-    let machine = options.device.machine();
+    let machine = options.device.machine()?;
     let build = BuildOptions { dtype: options.dtype, ctx, taps, machine, ..BuildOptions::default() };
     let ready = source::ready(&options.model, &build, screen)?;
     if let Some(file) = &options.record {

@@ -4,6 +4,7 @@ use super::error::CliError;
 use super::source::positive;
 use clap::Args;
 use runtime::cpu::{self, Cpu};
+use runtime::cuda::Cuda;
 use runtime::device::{Device, DeviceError};
 use runtime::emulator::{Sm, Sums};
 use runtime::gpu;
@@ -21,14 +22,14 @@ pub struct DeviceOptions {
     /// Threads [default: physical cores that this process may use]
     #[arg(long, short, value_parser = positive, value_name = "N")]
     pub threads: Option<usize>,
-    /// Device to run on: cpu; ptx-emulator[:sm_80] (a GPU's code, on this CPU, with every access checked); interpreter
-    /// (slow, in f64); null (checks the plan, computes nothing)
+    /// Device to run on: cpu; cuda[:N] (an NVIDIA GPU, the first or number N); ptx-emulator[:sm_80] (a GPU's code, on this
+    /// CPU, with every access checked); interpreter (slow, in f64); null (checks the plan, computes nothing)
     #[arg(long, default_value = "cpu", value_name = "DEVICE")]
     pub device: String,
 }
 
 /// Devices that this program has.
-const KNOWN: &str = "cpu, ptx-emulator, ptx-emulator:SM with sm_80, sm_89 or sm_120, interpreter, null";
+const KNOWN: &str = "cpu, cuda, cuda:N with a GPU's number, ptx-emulator, ptx-emulator:SM with sm_80, sm_89 or sm_120, interpreter, null";
 
 /// Whose code of an artifact a device runs.
 #[derive(Clone, Copy, Debug, Default)]
@@ -36,8 +37,13 @@ pub enum Machine {
     /// This CPU's. The interpreter and `null` read its plan.
     #[default]
     Cpu,
+    /// That of a GPU that is emulated.
+    Emulated(Sm),
     /// A GPU's.
-    Gpu(Sm),
+    Cuda {
+        /// Its compute capability, in tenths.
+        capability: u32,
+    },
 }
 
 impl Machine {
@@ -46,7 +52,7 @@ impl Machine {
     pub fn target(self) -> &'static str {
         match self {
             Machine::Cpu => "cpu:native",
-            Machine::Gpu(_) => "cuda:sm_80",
+            Machine::Emulated(_) | Machine::Cuda { .. } => "cuda:sm_80",
         }
     }
 
@@ -54,7 +60,16 @@ impl Machine {
     pub fn choose<'a>(self, file: &Path, manifest: &'a Manifest) -> Result<&'a TargetCode, DeviceError> {
         match self {
             Machine::Cpu => cpu::choose(file, manifest),
-            Machine::Gpu(sm) => gpu::choose(file, manifest, sm.capability()),
+            Machine::Emulated(sm) => gpu::choose(file, manifest, sm.capability()),
+            Machine::Cuda { capability } => gpu::choose(file, manifest, capability),
+        }
+    }
+
+    /// What the user should know of it before it runs.
+    pub fn remark(self) -> Option<String> {
+        match self {
+            Machine::Cpu | Machine::Emulated(_) => None,
+            Machine::Cuda { capability } => gpu::remark(capability),
         }
     }
 }
@@ -71,21 +86,37 @@ impl DeviceOptions {
             "cpu" => Ok(Box::new(Cpu { threads: self.threads() })),
             "interpreter" => Ok(Box::new(Interpreter)),
             "null" => Ok(Box::new(Null)),
-            _ => match self.machine() {
-                Machine::Gpu(sm) => Ok(Box::new(PtxEmulator { sm, seed: 0, sums: Sums::default() })),
-                Machine::Cpu => Err(CliError::NoDevice { name: self.device.clone(), known: KNOWN }),
+            _ => match (self.cuda(), self.emulated()) {
+                (Some(number), _) => Ok(Box::new(Cuda::new(number)?)),
+                (None, Some(sm)) => Ok(Box::new(PtxEmulator { sm, seed: 0, sums: Sums::default() })),
+                (None, None) => Err(CliError::NoDevice { name: self.device.clone(), known: KNOWN }),
             },
         }
     }
 
     /// Whose code it runs.
-    pub fn machine(&self) -> Machine {
-        let emulated = self.device.strip_prefix("ptx-emulator");
-        let sm = emulated.and_then(|rest| match rest.strip_prefix(':') {
-            None if rest.is_empty() => Some(Sm::Sm80),
+    pub fn machine(&self) -> Result<Machine, CliError> {
+        Ok(match (self.cuda(), self.emulated()) {
+            (Some(number), _) => Machine::Cuda { capability: Cuda::new(number)?.gpu().capability },
+            (None, Some(sm)) => Machine::Emulated(sm),
+            (None, None) => Machine::Cpu,
+        })
+    }
+
+    /// The number of a GPU.
+    fn cuda(&self) -> Option<u32> {
+        match self.device.strip_prefix("cuda")? {
+            "" => Some(0),
+            rest => rest.strip_prefix(':')?.parse().ok(),
+        }
+    }
+
+    /// The GPU that is emulated.
+    fn emulated(&self) -> Option<Sm> {
+        match self.device.strip_prefix("ptx-emulator")? {
+            "" => Some(Sm::Sm80),
             // What only sm_90a has, no code asks for yet.
-            sm => Sm::from_str(sm?).ok().filter(|&sm| sm != Sm::Sm90a),
-        });
-        sm.map_or(Machine::Cpu, Machine::Gpu)
+            rest => Sm::from_str(rest.strip_prefix(':')?).ok().filter(|&sm| sm != Sm::Sm90a),
+        }
     }
 }

@@ -4,16 +4,15 @@ use super::ceilings;
 use super::error::CliError;
 use super::screen::{Screen, bandwidth, bytes, flops, pairs, print, print_json};
 use clap::Args;
+#[cfg(feature = "compiler")]
+use codegen::ptxas::{CURE, Program, PtxasError, Tool};
 use ir::DType;
+use runtime::cuda::driver::{Driver, NoDriver};
 use runtime::{map, meter, pool};
 use serde::Serialize;
 use serde_json::json;
-use std::env;
-use std::fs;
-use std::path::{Path, PathBuf};
-
 #[cfg(feature = "compiler")]
-use codegen::ptxas::{CURE, Program, PtxasError, Tool};
+use std::fs;
 
 #[derive(Args)]
 #[command(after_help = "\
@@ -146,32 +145,17 @@ fn cache_folder() -> String {
     "none: nothing is compiled".to_string()
 }
 
-/// The driver's version, and its library if that is there too; the GPUs that it has.
+/// The driver's version and the GPUs that it has, or what is wrong with it; none if it is not there.
 fn driver() -> Option<String> {
-    let folders = [
-        "/usr/lib/x86_64-linux-gnu",
-        "/usr/lib/aarch64-linux-gnu",
-        "/usr/lib64",
-        "/usr/lib",
-        "/usr/lib/wsl/lib",
-    ];
-    let path = env::var_os("LD_LIBRARY_PATH").unwrap_or_default();
-    let mut folders = folders.map(PathBuf::from).into_iter().chain(env::split_paths(&path));
-    let library = folders.find(|folder| folder.join("libcuda.so.1").exists())?.join("libcuda.so.1");
-    let version = fs::read_to_string("/proc/driver/nvidia/version").unwrap_or_default();
-    let version = version
-        .lines()
-        .next()
-        .and_then(|line| line.split_whitespace().find(|w| w.starts_with(|c: char| c.is_ascii_digit())));
-    let version = version.unwrap_or("version unknown").to_string();
-    let gpus = fs::read_dir("/proc/driver/nvidia/gpus").into_iter().flatten().flatten();
-    let names: Vec<String> = gpus.filter_map(|gpu| model_of(&gpu.path())).collect();
-    let names = if names.is_empty() { "no GPU".to_string() } else { names.join(", ") };
-    Some(format!("{version}, {}; {names}", library.display()))
-}
-
-fn model_of(gpu: &Path) -> Option<String> {
-    let text = fs::read_to_string(gpu.join("information")).ok()?;
-    let line = text.lines().find_map(|line| line.strip_prefix("Model:"))?;
-    Some(line.trim().to_string())
+    let driver = match Driver::load() {
+        Ok(driver) => driver,
+        Err(NoDriver::Absent) => return None,
+        Err(unusable) => return Some(unusable.to_string()),
+    };
+    let gpus = match driver.gpus() {
+        Ok(gpus) if gpus.is_empty() => "no GPU".to_string(),
+        Ok(gpus) => gpus.iter().map(ToString::to_string).collect::<Vec<_>>().join(", "),
+        Err(failure) => failure.to_string(),
+    };
+    Some(format!("CUDA {}; {gpus}", driver.version))
 }

@@ -103,7 +103,7 @@ impl NormaliseName {
 
 pub fn eval(options: &Options, screen: &Screen) -> Result<(), CliError> {
     let mut device = options.device.device()?;
-    let own = BuildOptions { machine: options.device.machine(), ..options.build.clone() };
+    let own = BuildOptions { machine: options.device.machine()?, ..options.build.clone() };
     match &options.choices {
         Some(file) => {
             let text = read(file)?;

@@ -46,7 +46,7 @@ pub struct Options {
 
 pub fn logits(options: &Options, screen: &Screen) -> Result<(), CliError> {
     let mut device = options.device.device()?;
-    let build = BuildOptions { machine: options.device.machine(), ..options.build.clone() };
+    let build = BuildOptions { machine: options.device.machine()?, ..options.build.clone() };
     let ready = source::ready(&options.model, &build, screen)?;
     let tokenizer =
         ready.model.tokenizer().map(|_| prompt::tokenizer(&options.model, &ready.model)).transpose();

@@ -96,7 +96,7 @@ pub fn run(options: &Options, screen: &Screen) -> Result<(), CliError> {
     let mut sampler = Sampler::new(options.sampling.options(seed))?;
     let mut device = options.device.device()?;
     let given = given(options)?;
-    let build = BuildOptions { machine: options.device.machine(), ..options.build.clone() };
+    let build = BuildOptions { machine: options.device.machine()?, ..options.build.clone() };
     let ready = source::ready(&options.model, &build, screen)?;
     let tokenizer = match (ready.model.tokenizer(), &options.tokens) {
         (None, Some(_)) => None,

@@ -138,6 +138,9 @@ pub fn ready(argument: &str, build: &BuildOptions, screen: &Screen) -> Result<Re
     };
     let manifest: Manifest = artifact.manifest()?;
     let target = build.machine.choose(artifact.file(), &manifest)?.clone();
+    if let Some(remark) = build.machine.remark() {
+        screen.note(remark);
+    }
     let plan = runtime::cpu::read_plan(&artifact, &target)?;
     Ok(Ready { argument: argument.to_string(), artifact, manifest, target, plan, model })
 }

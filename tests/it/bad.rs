@@ -123,8 +123,11 @@ fn usage() {
     for (arguments, says, facts) in cases {
         refused(&place, arguments, &Refusal { exit: 2, says, facts });
     }
-    let says = "there is no device `cuda:9` in this llamac; there is cpu";
-    refused(&place, "run builtin --device cuda:9", &Refusal { exit: 7, says, facts: ["", "cuda:9", "cpu"] });
+    let says = "there is no device `tpu` in this llamac; there is cpu";
+    refused(&place, "run builtin --device tpu", &Refusal { exit: 7, says, facts: ["", "tpu", "cpu"] });
+    // For want of a driver, or of so many GPUs.
+    let says = "device cuda:99: ";
+    refused(&place, "run builtin --device cuda:99", &Refusal { exit: 7, says, facts: ["", "", ""] });
     let says = "garbage.ir:1: column 1: expected `graph`, found `garbage`";
     refused(&place, "opt garbage.ir", &Refusal { exit: 3, says, facts: ["garbage.ir", "", ""] });
 }

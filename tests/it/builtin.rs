@@ -4,12 +4,15 @@ use crate::Checked;
 use crate::reference::compile_model;
 use crate::skipped::skip;
 use ir::DType;
+use ir::plan::Give;
 use libtest_mimic::Trial;
 use llamac::judge::{self, Greedy, ReferenceStep};
 use llamac::model::{BUILTIN, Model};
 use models::Tokenizer;
 use runtime::cpu::Cpu;
 use runtime::device::{Device, Step, Want, feed};
+use runtime::gpu::{self, GpuCode};
+use runtime::manifest::Manifest;
 use serde_json::Value;
 use std::fs;
 use std::path::Path;
@@ -26,11 +29,33 @@ pub fn trials() -> Vec<Trial> {
     vec![
         test("builtin writes what transformers writes", writes_as_expected),
         test("builtin tells stories that the grammar reads", tells_stories),
+        test("builtin decodes by the same launches at every position", launches_the_same),
     ]
 }
 
 fn folder() -> &'static Path {
     Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/builtin"))
+}
+
+/// Then a GPU records a decode step once and replays it.
+fn launches_the_same() -> Checked<()> {
+    let out = tempfile::tempdir()?;
+    let artifact =
+        compile_model(Path::new(BUILTIN), &out.path().join("b.llamac"), DType::BF16, "cuda:sm_80")?;
+    let manifest: Manifest = artifact.manifest()?;
+    let code = GpuCode::read(&artifact, gpu::choose(artifact.file(), &manifest, 80)?)?;
+    let decode = code.plan.entry_number(1, Give::Last).ok_or("a decode step")?;
+    let addresses: Vec<u64> = (1..=code.plan.buffers.len() as u64).map(|number| number << 8).collect();
+    let calls = |past| code.calls(decode, &addresses, &[1, past, 0, 0], u32::MAX);
+    let parted = calls(0).into_iter().zip(calls(1000)).find(|(first, later)| first != later);
+    if let Some((first, later)) = parted {
+        let kernel = &code.kernels[first.kernel].name;
+        return Err(format!("@{kernel}: {first:?} at first, {later:?} behind 1000 positions").into());
+    }
+    if !code.is_constant(decode) {
+        return Err("a decode step has a kernel that reads the past".into());
+    }
+    Ok(())
 }
 
 fn writes_as_expected() -> Checked<()> {

@@ -88,7 +88,7 @@ pub fn bisect(
         Ok((artifact, manifest))
     };
     let shows = |(artifact, manifest): (&Artifact, &Manifest)| -> Result<bool, CliError> {
-        let target = options.device.machine().choose(artifact.file(), manifest)?;
+        let target = options.device.machine()?.choose(artifact.file(), manifest)?;
         Ok(manifest.taps && artifact.section(&target.fused_section()).is_some())
     };
     let ((a, of_a), (b, of_b)) = (open(a)?, open(b)?);
@@ -160,7 +160,7 @@ fn told(trace: &Trace) -> String {
 
 fn run(options: &Options, artifact: &Artifact, tokens: &[i32], samples: usize) -> Result<Trace, CliError> {
     let manifest: Manifest = artifact.manifest()?;
-    let target = options.device.machine().choose(artifact.file(), &manifest)?;
+    let target = options.device.machine()?.choose(artifact.file(), &manifest)?;
     let mut program = options.device()?.load_tapped(artifact)?;
     let graphs = stored::fused(artifact, target, program.plan()).map_err(TraceError::from)?;
     Ok(Trace::record(&mut *program, (&manifest, target), &graphs, tokens, samples)?)
@@ -168,7 +168,7 @@ fn run(options: &Options, artifact: &Artifact, tokens: &[i32], samples: usize) -
 
 fn logits(options: &Options, artifact: &Artifact, tokens: &[i32]) -> Result<Trace, CliError> {
     let manifest: Manifest = artifact.manifest()?;
-    let target = options.device.machine().choose(artifact.file(), &manifest)?;
+    let target = options.device.machine()?.choose(artifact.file(), &manifest)?;
     let plan = read_plan(artifact, target)?;
     let mut program = options.device()?.load(artifact)?;
     Ok(Trace::record_logits(&mut *program, (&manifest, target), &plan, tokens, usize::MAX)?)
