@@ -136,7 +136,7 @@ pub fn cases() -> Vec<Case> {
 }
 
 /// Rows of a step, and most rows that its entry point takes: kernels are chosen by these.
-const GPU_ROWS: [(i64, i64); 6] = [(1, 1), (2, 16), (17, 64), (64, 64), (129, 513), (513, 513)];
+const GPU_ROWS: [(i64, i64); 7] = [(1, 1), (1, 16), (2, 16), (17, 64), (64, 64), (129, 513), (513, 513)];
 
 /// Shapes about the edges of a GPU's tiles: products, each with what may be done around it, and attentions. Every combination,
 /// or as many as it takes for every pair of choices to meet.
