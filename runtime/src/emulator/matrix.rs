@@ -211,6 +211,18 @@ fn row_exact(left: &[f64], right: &[[f64; N]], sum: &mut [f32; N]) {
     for n in 0..N {
         let products = left.iter().zip(right).map(|(left, right)| left * right[n]);
         let terms = products.chain([f64::from(sum[n])]);
+        // Most sums fit an f64.
+        let (mut total, mut lost) = (0.0, false);
+        for term in terms.clone() {
+            let whole: f64 = total + term;
+            let of = whole - total;
+            lost |= (total - (whole - of)) + (term - of) != 0.0;
+            total = whole;
+        }
+        if !lost {
+            sum[n] = total as f32;
+            continue;
+        }
         let mut parts: Vec<f64> = Vec::new();
         for mut term in terms {
             parts.retain_mut(|part| {
@@ -293,6 +305,10 @@ mod tests {
         // Towards zero, on both sides.
         assert_eq!(dot(&ones[..1], &[1.0], 33_554_430.0, Sums::Truncated), 33_554_430.0);
         assert_eq!(dot(&ones[..1], &[-1.0], -33_554_430.0, Sums::Truncated), -33_554_430.0);
+        // What cancels leaves all of the rest, also where an f64 does not hold the sum on the way.
+        let huge = [2f32.powi(60), 1.0, -(2f32.powi(60)), 2f32.powi(-30)];
+        assert_eq!(dot(&ones[..4], &huge, 0.0, Sums::Exact), 1.0 + 2f32.powi(-30));
+        assert_eq!(dot(&ones[..4], &huge, -1.0, Sums::Exact), 2f32.powi(-30));
         // A zero stays one, and the last bit does.
         assert_eq!(dot(&ones, &[0.0; 8], 16_777_215.0, Sums::Truncated), 16_777_215.0);
         // Two blocks: the second sees what is left of the first.
