@@ -177,7 +177,7 @@ impl Code {
     pub fn text(&self, request: &Request<'_>, stage: Stage) -> Result<String, CodegenError> {
         let join = |graphs: Vec<String>| graphs.join("\n");
         Ok(match stage {
-            Stage::Graph => request.text(),
+            Stage::Graph => request.text(&self.backend.target().machine),
             Stage::Fused => join(self.lowered.entries.iter().map(|e| e.graph.to_string()).collect()),
             Stage::Kernels => join(self.lowered.kernels.iter().map(|k| k.to_string()).collect()),
             Stage::Plan => self.lowered.plan.to_string(),

@@ -9,7 +9,7 @@ use ir::passes::Run;
 use ir::passes::lower::{Kernels, Launched};
 use ir::passes::schedule::pin;
 use ir::plan::{Give, Plan};
-use ir::target::Target;
+use ir::target::{Machine, Target};
 use ir::{DType, passes};
 use models::Config;
 use models::llama::{self, Step};
@@ -33,23 +33,44 @@ pub struct Request<'a> {
     pub measured: Option<&'a Choices>,
 }
 
+/// Entry points for steps of more than one token, by the most that they take: that give the last position's logits, and none.
+type Ranges = &'static [(usize, &'static str, &'static str)];
+
+/// On a CPU one kernel serves any number of rows.
+const CPU_RANGES: Ranges = &[(CHUNK, "prefill", "fill")];
+
+/// Tiles of a GPU are as tall as a step has rows, so that few rows wait for no empty ones.
+const GPU_RANGES: Ranges =
+    &[(16, "prefill_16", "fill_16"), (64, "prefill_64", "fill_64"), (CHUNK, "prefill", "fill")];
+
 impl Request<'_> {
-    /// The entry points, as graphs before any pass.
-    pub fn graphs(&self) -> Vec<(Graph, Give)> {
+    /// The entry points for a machine, as graphs before any pass.
+    pub fn graphs(&self, machine: &Machine) -> Vec<(Graph, Give)> {
         let step = |name, tokens, give| Step { name, tokens, give };
         let mut steps = vec![step("decode", (1, 1), Give::Last)];
-        if self.context > 1 {
-            steps.push(step("prefill", (2, CHUNK.min(self.context)), Give::Last));
+        let ranges = match machine {
+            Machine::Cpu(_) => CPU_RANGES,
+            Machine::Gpu(_) => GPU_RANGES,
+        };
+        let (mut after_decode, mut first) = (2, 1);
+        for &(most, prefill, fill) in ranges {
+            let most = most.min(self.context);
+            if after_decode <= most {
+                steps.push(step(prefill, (after_decode, most), Give::Last));
+            }
+            if first <= most {
+                steps.push(step(fill, (first, most), Give::Nothing));
+            }
+            (after_decode, first) = (most.max(1) + 1, most + 1);
         }
-        steps.push(step("fill", (1, CHUNK.min(self.context)), Give::Nothing));
         steps.push(step("logits_all", (1, ALL_LOGITS.min(self.context)), Give::All));
         let graph = |s: &Step| llama::graph(self.config, self.dtype, self.context, s);
         steps.iter().map(|s| (graph(s), s.give)).collect()
     }
 
     /// The text of these graphs, as an artifact holds it.
-    pub fn text(&self) -> String {
-        let texts: Vec<String> = self.graphs().iter().map(|(graph, _)| graph.to_string()).collect();
+    pub fn text(&self, machine: &Machine) -> String {
+        let texts: Vec<String> = self.graphs(machine).iter().map(|(graph, _)| graph.to_string()).collect();
         texts.join("\n")
     }
 }
@@ -102,7 +123,7 @@ impl Lowered {
 /// When no kernel family covers a group.
 pub fn lower(request: &Request<'_>, target: &Target) -> Result<Lowered, LowerError> {
     let mut seconds = Vec::new();
-    let mut graphs = timed(&mut seconds, "graph", || request.graphs());
+    let mut graphs = timed(&mut seconds, "graph", || request.graphs(&target.machine));
     for pass in &passes::PASSES {
         if let (Some(choices), "schedule") = (request.measured, pass.name) {
             graphs.iter_mut().for_each(|(graph, _)| {

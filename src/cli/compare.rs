@@ -10,11 +10,13 @@ use super::prompt::{Ids, ids};
 use super::screen::{Screen, pairs, print, print_json, short};
 use super::source::{self, BuildOptions, Ready, dtype};
 use clap::{Args, ValueEnum};
+use codegen::Backend;
 use ir::DType;
 use levels::Levels;
 use llamac::compare::layers::Layers;
 use llamac::compare::reproducer::{GraphCase, Reproducer, WeightCase};
 use llamac::compare::{Fault, weights};
+use llamac::compile::CompileError;
 use llamac::model::{Model, ModelError};
 use llamac::pipeline::Request;
 use llamac::reference::Reference;
@@ -208,9 +210,13 @@ fn by_checkpoint(ready: &Ready, checkpoint: &Checkpoint, found: &mut Found) -> R
     let text = String::from_utf8_lossy(ready.artifact.require(GRAPH)?).into_owned();
     let dtype = DType::from_name(&ready.manifest.dtype).expect("an artifact's dtype is one");
     let (config, context) = (&checkpoint.config, ready.manifest.context);
-    found.fault = weights::graph(&text, &Request { config, dtype, context, measured: None }.text());
+    // All targets of an artifact are compiled from the graphs of its first.
+    let target = ready.manifest.targets[0].name.clone();
+    let machine = Backend::of(&target).map_err(CompileError::from)?.target().machine;
+    let request = Request { config, dtype, context, measured: None };
+    found.fault = weights::graph(&text, &request.text(&machine));
     if found.fault.is_some() {
-        let case = GraphCase { graph: text, config: config.clone(), dtype, context };
+        let case = GraphCase { graph: text, config: config.clone(), dtype, context, target };
         found.reproducer = Some(Reproducer::Graph(case));
         return Ok(());
     }

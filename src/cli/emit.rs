@@ -116,7 +116,7 @@ fn one_entry(code: &Code, request: &Request<'_>, stage: Stage, name: &str) -> Re
         CliError::Usage(format!("there is no entry point `{name}`; there are {}", known.join(", ")))
     })?;
     Ok(match stage {
-        Stage::Graph => request.graphs()[at].0.to_string(),
+        Stage::Graph => request.graphs(&code.backend.target().machine)[at].0.to_string(),
         _ => code.lowered.entries[at].graph.to_string(),
     })
 }

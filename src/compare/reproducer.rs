@@ -23,6 +23,8 @@ use super::{Fault, weights};
 use crate::check::device::LoadError;
 use crate::file_error::FileError;
 use crate::pipeline::Request;
+use codegen::Backend;
+use codegen::backend::names;
 use codegen::cpu::CodegenError;
 use ir::DType;
 use ir::families::LowerError;
@@ -56,6 +58,8 @@ pub struct GraphCase {
     pub dtype: DType,
     /// As compiled.
     pub context: usize,
+    /// Name of the target that it was compiled for: GPUs have more entry points.
+    pub target: String,
 }
 
 /// Where a kernel is run again.
@@ -124,6 +128,7 @@ enum Case {
     Graph {
         dtype: String,
         context: usize,
+        target: String,
     },
 }
 
@@ -137,8 +142,9 @@ impl Reproducer {
         let mut files = match self {
             Reproducer::Kernel(case) => case.files(),
             Reproducer::Weight(case) => case.files(),
-            Reproducer::Graph(GraphCase { graph, config, dtype, context }) => {
-                let case = Case::Graph { dtype: dtype.name().to_string(), context: *context };
+            Reproducer::Graph(GraphCase { graph, config, dtype, context, target }) => {
+                let (dtype, target) = (dtype.name().to_string(), target.clone());
+                let case = Case::Graph { dtype, context: *context, target };
                 let config = serde_json::to_string_pretty(config).expect("a config is plain data");
                 vec![case.file(), ("graph.ir", graph.clone().into()), ("config.json", config.into())]
             }
@@ -163,7 +169,7 @@ impl Reproducer {
                 Reproducer::Kernel(Box::new(KernelCase::read(&reader, target, &symbols, kernel_digest)?))
             }
             Case::Weight {} => Reproducer::Weight(WeightCase::read(&reader)?),
-            Case::Graph { dtype, context } => {
+            Case::Graph { dtype, context, target } => {
                 let config: Config = reader.json("config.json")?;
                 let checked = config.check(&folder.join("config.json"));
                 checked.map_err(|error| reader.text("config.json", error))?;
@@ -175,8 +181,12 @@ impl Reproducer {
                     let most = format!("1 to {}", config.context);
                     return Err(reader.content("case.json", "context", context, most));
                 }
+                if !names().iter().any(|known| known.0 == target) {
+                    let known = names().iter().map(|known| known.0).collect::<Vec<_>>().join(", ");
+                    return Err(reader.content("case.json", "target", target, known));
+                }
                 let graph = reader.string("graph.ir")?;
-                Reproducer::Graph(GraphCase { graph, config, dtype: known, context })
+                Reproducer::Graph(GraphCase { graph, config, dtype: known, context, target })
             }
         })
     }
@@ -190,8 +200,10 @@ impl Reproducer {
         match self {
             Reproducer::Kernel(case) => case.replay(place),
             Reproducer::Weight(case) => Ok(case.replay()),
-            Reproducer::Graph(GraphCase { graph, config, dtype, context }) => {
-                let expected = Request { config, dtype: *dtype, context: *context, measured: None }.text();
+            Reproducer::Graph(GraphCase { graph, config, dtype, context, target }) => {
+                let machine = Backend::of(target)?.target().machine;
+                let request = Request { config, dtype: *dtype, context: *context, measured: None };
+                let expected = request.text(&machine);
                 let lines = vec![("graph", format!("{dtype}, context {context}, by config.json"))];
                 Ok(Replay { lines, worst: 0.0, fault: weights::graph(graph, &expected) })
             }
