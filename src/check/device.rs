@@ -84,6 +84,14 @@ impl Device {
         }
     }
 
+    /// The same with another way for an emulated GPU's matrix units to add.
+    pub fn adding(mut self, sums: Sums) -> Device {
+        if let Device::Emulated(emulated) = &mut self {
+            emulated.sums = sums;
+        }
+        self
+    }
+
     /// Compiles kernels for a level that this machine runs.
     ///
     /// # Errors
@@ -232,6 +240,7 @@ impl Compiled {
 pub struct Emulated {
     programs: Vec<emulator::Program>,
     sm: Sm,
+    sums: Sums,
 }
 
 impl Emulated {
@@ -259,7 +268,7 @@ impl Emulated {
             let code = module.kernel(&nvptx::symbol(&number.to_string())).expect("every kernel is in it");
             emulator::Program::new(code)
         };
-        Ok(Emulated { programs: (0..kernels).map(program).collect(), sm })
+        Ok(Emulated { programs: (0..kernels).map(program).collect(), sm, sums: Sums::default() })
     }
 
     /// Runs three times, in other orders of warps and with fewer CTAs: the bits must be the same.
@@ -294,7 +303,7 @@ impl Emulated {
                 cluster: 1,
                 dynamic_shared: kernel.shared_bytes() as u32,
             };
-            let options = emulator::Options { sm: self.sm, seed, sums: Sums::default() };
+            let options = emulator::Options { sm: self.sm, seed, sums: self.sums };
             self.programs[number].launch(&grid, &bytes, &mut memory, &options).map_err(Box::new)?;
             let read = |(param, &address): (&Param, &u64)| {
                 let size = param.buffer.dtype.bytes(1);

@@ -16,6 +16,7 @@ use ir::interp::InterpError;
 use ir::kernel::Kernel;
 use ir::random::Rng;
 use ir::target::Target;
+use runtime::emulator::Sums;
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::ControlFlow;
 
@@ -32,6 +33,8 @@ pub struct Walk {
     pub backends: Vec<Backend>,
     /// What is done with kernels.
     pub how: Vec<How>,
+    /// How an emulated GPU's matrix units add.
+    pub sums: Sums,
 }
 
 /// What is done with kernels.
@@ -246,7 +249,11 @@ impl Ctx<'_> {
         }
         for (backend, kernels) in walk.backends.iter().zip(&modules) {
             // Where nothing is to be compiled, nothing will run.
-            let device = if kernels.is_empty() { Device::Null } else { Device::of(backend, kernels)? };
+            let device = if kernels.is_empty() {
+                Device::Null
+            } else {
+                Device::of(backend, kernels)?.adding(walk.sums)
+            };
             self.devices.push((backend.name().to_string(), device));
         }
         self.devices.push(("interpreter".to_string(), Device::Interpreter));

@@ -13,6 +13,7 @@ use llamac::check::cases::{cases, gpu, random};
 use llamac::check::walk::{Failure, How, Report, Walk, levels, walk};
 use llamac::compare::reproducer::Reproducer;
 use llamac::compile::CompileError;
+use runtime::emulator::Sums;
 use serde_json::json;
 use std::ops::ControlFlow;
 use std::path::PathBuf;
@@ -73,7 +74,8 @@ pub fn check(options: &Options, screen: &Screen) -> Result<(), CliError> {
         return Err(CliError::Usage(format!("no case has `{}` in its name", options.filter)));
     }
     let schedules = (!options.exhaustive).then_some(SCHEDULES);
-    let plan = Walk { family: options.family, schedules, seed: options.seed, backends, how };
+    let plan =
+        Walk { family: options.family, schedules, seed: options.seed, backends, how, sums: Sums::default() };
 
     let bar = ProgressBar::new(table.len() as u64);
     let style = "{bar:30} {pos}/{len} cases, {elapsed}, {eta} left";

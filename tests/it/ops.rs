@@ -9,6 +9,7 @@ use ir::graph::Family;
 use libtest_mimic::Trial;
 use llamac::check::cases::{cases, gpu};
 use llamac::check::walk::{How, Report, Walk, walk};
+use runtime::emulator::Sums;
 use std::ops::ControlFlow;
 
 /// One test a family.
@@ -22,10 +23,16 @@ pub fn trials() -> Vec<Trial> {
 }
 
 fn emulated() -> Checked<()> {
-    let backends = vec![Backend::of("cuda:sm_80")?];
-    let plan = Walk { family: None, schedules: Some(1), seed: 1, backends, how: vec![How::Code] };
-    let report = walk(&plan, &gpu(false), &mut |_, _| ControlFlow::Continue(()))?;
-    sound("ops on ptx-emulator", &report, &["cuda:sm_80"])
+    // As far as anybody knows how matrix units add, and as nobody's do.
+    for (name, sums, dtype) in [("", Sums::Truncated, ""), (", exact sums", Sums::Exact, " bf16 ")] {
+        let backends = vec![Backend::of("cuda:sm_80")?];
+        let plan = Walk { family: None, schedules: Some(1), seed: 1, backends, how: vec![How::Code], sums };
+        let mut cases = gpu(false);
+        cases.retain(|case| case.name.contains(dtype));
+        let report = walk(&plan, &cases, &mut |_, _| ControlFlow::Continue(()))?;
+        sound(&format!("ops on ptx-emulator{name}"), &report, &["cuda:sm_80"])?;
+    }
+    Ok(())
 }
 
 fn ops(family: Family) -> Checked<()> {
@@ -36,6 +43,7 @@ fn ops(family: Family) -> Checked<()> {
         seed: 1,
         backends,
         how: vec![How::Code, How::Interpreter, How::Null],
+        sums: Sums::default(),
     };
     let report = walk(&plan, &cases(), &mut |_, _| ControlFlow::Continue(()))?;
     sound(&format!("ops {}", family.name()), &report, &["cpu:native", "interpreter", "null"])
