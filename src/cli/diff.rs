@@ -92,11 +92,12 @@ pub fn diff(options: &Options, screen: &Screen) -> Result<(), CliError> {
         return same(&a, &b, &files, screen);
     }
     let weight_bytes = a.plan.weight_bytes().max(b.plan.weight_bytes());
-    let of_a = options.ceilings.samples(a.dtype(), weight_bytes)?;
+    let target = |side: &Side| side.target.clone().unwrap_or_default();
+    let of_a = options.ceilings.samples(&target(&a), a.dtype(), weight_bytes)?;
     // Memory is read at one speed whatever lies there.
     let mut of_b = of_a.clone();
     if a.dtype() != b.dtype() {
-        of_b.dot = options.ceilings.samples(b.dtype(), weight_bytes)?.dot;
+        of_b.dot = options.ceilings.samples(&target(&b), b.dtype(), weight_bytes)?.dot;
     }
     let kernels = diff::kernels((&a.plan, of_a.best()), (&b.plan, of_b.best()));
     let [predicted_a, predicted_b] = [Predicted::new(&a.plan, &of_a), Predicted::new(&b.plan, &of_b)];

@@ -81,8 +81,14 @@ impl CeilingOptions {
         }
     }
 
-    /// Samples of both ceilings: what is not given is measured.
-    pub fn samples(&self, dtype: DType, weight_bytes: usize) -> Result<Samples, CliError> {
+    /// Samples of both ceilings: what is not given is measured, where that says something of the target.
+    pub fn samples(&self, target: &str, dtype: DType, weight_bytes: usize) -> Result<Samples, CliError> {
+        if target.starts_with("cuda:") && self.source() != "given" {
+            let cure = "give the GPU's, as --bandwidth 3.35TB --flops 989T for an H100";
+            return Err(CliError::Usage(format!(
+                "--target {target}: a GPU's ceilings cannot be measured here; {cure}"
+            )));
+        }
         let mut samples = Samples::default();
         if self.bandwidth.is_none() || self.flops.is_none() {
             samples = ceilings::measure(self.threads(), dtype, weight_bytes, METER_SECONDS)?;
@@ -170,7 +176,7 @@ pub fn plan(options: &Options, screen: &Screen) -> Result<(), CliError> {
     let lowering = Lowering::of(&model, &options.build, options.target.as_deref(), screen)?;
     let code = lower(&lowering.request(), &lowering.target, false)?;
     let plan = &code.lowered.plan;
-    let samples = options.ceilings.samples(lowering.dtype, plan.weight_bytes())?;
+    let samples = options.ceilings.samples(&lowering.target, lowering.dtype, plan.weight_bytes())?;
     let predicted = Predicted::new(plan, &samples);
     let totals = plan.totals();
     let decode = plan.decode().map(|e| e.cost()).unwrap_or_default();
