@@ -6,7 +6,7 @@
 //!
 //! Invariants:
 //! 1. The driver's functions have the types of their list (`driver`), and may be called from any thread that has the
-//!    context; [`Context::ask`] makes it current before each call.
+//!    context; `Context::ask` makes it current before each call.
 //! 2. A handle lives as long as the object that holds it, each of which holds the context; nobody else has it.
 //! 3. Places that the driver writes or reads in this program's memory are borrowed during the call and as large as it is
 //!    told. Kernels keep to the memory of their parameters: an artifact is code, and loading one is trusting it.
