@@ -382,7 +382,7 @@ fn random_kernels(target: &Target, kernels: &mut Kernels) -> Checked<()> {
 // PTX.
 
 fn models_in_ptx(name: &str, dtype: DType) -> Checked<()> {
-    for of in ["builtin", "preset:smollm2-135m"] {
+    for of in ["builtin", "preset:smollm2-135m", "preset:llama3-8b"] {
         let ptx = ptx(&model(of, dtype, &GPU.target())?)?;
         ptxas::check_instructions(name, &ptx, GPU)?;
     }

@@ -227,9 +227,9 @@ pub fn lower(view: &GroupView<'_>, s: Schedule) -> Result<Lowered, LowerError> {
 
         // Queries to shared memory; they arrive with the first tile of keys.
         let wide = chunk(dtype);
-        copies(k, bm * d / wide, s.warps, |k, number| {
-            let i = k.let_("i", number.clone() / (d / wide));
-            let column = k.let_("column", number % (d / wide) * wide);
+        copies(k, bm, d / wide, s.warps, |k, i, chunk| {
+            let i = k.let_("i", i);
+            let column = k.let_("column", chunk * wide);
             let r = k.let_("r", row(i.clone()));
             let left = (Expr::from(shape.d) - column.clone()).max(0i64).min(wide);
             k.copy((tile_q, &[i, column.clone()]), (q, &[time(r.clone()), query(r), column]), left);
@@ -330,14 +330,27 @@ fn int(value: i32) -> Expr {
     Expr::Const { value: value.into(), ty: i32s() }
 }
 
-/// `count` things shared out over the threads of so many warps.
-fn copies(k: &mut Builder, count: usize, warps: usize, copy: impl Fn(&mut Builder, Expr)) {
+/// The chunks of so many rows shared out over the threads of so many warps; `copy` has a row and a chunk's number in it.
+fn copies(
+    k: &mut Builder,
+    rows: usize,
+    chunks: usize,
+    warps: usize,
+    copy: impl Fn(&mut Builder, Expr, Expr),
+) {
     let threads = warps * usize::from(WARP);
-    k.unroll("c", count.div_ceil(threads), |k, c| {
-        let number = k.let_("number", c * threads + Expr::Thread);
-        match count.is_multiple_of(threads) {
-            true => copy(k, number),
-            false => k.if_(number.clone().compare(Compare::Lt, count), |k| copy(k, number)),
+    k.unroll("c", (rows * chunks).div_ceil(threads), |k, c| {
+        let (row, chunk) = match threads.is_multiple_of(chunks) {
+            // A thread stays in its column: its addresses differ by constants, which take no registers.
+            true => (c * (threads / chunks) + Expr::Thread / chunks, Expr::Thread % chunks),
+            false => {
+                let number = k.let_("number", c * threads + Expr::Thread);
+                (number.clone() / chunks, number % chunks)
+            }
+        };
+        match (rows * chunks).is_multiple_of(threads) {
+            true => copy(k, row, chunk),
+            false => k.if_(row.clone().compare(Compare::Lt, rows), |k| copy(k, row, chunk)),
         }
     });
 }
@@ -348,9 +361,9 @@ impl Tile {
     fn fetch(&self, k: &mut Builder, stage: Expr, tile: Expr) {
         let wide = chunk(self.shape.dtype);
         for (to, from) in [(self.tile_k, self.k), (self.tile_v, self.v)] {
-            copies(k, self.s.keys * self.d / wide, self.s.warps, |k, number| {
-                let key = k.let_("key", number.clone() / (self.d / wide));
-                let column = k.let_("column", number % (self.d / wide) * wide);
+            copies(k, self.s.keys, self.d / wide, self.s.warps, |k, key, chunk| {
+                let key = k.let_("key", key);
+                let column = k.let_("column", chunk * wide);
                 let slot = k.let_("slot", tile.clone() * self.s.keys + key.clone());
                 let left = (Expr::from(self.shape.d) - column.clone()).max(0i64).min(wide);
                 let at = [stage.clone(), key, column.clone()];
