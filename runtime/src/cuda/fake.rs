@@ -232,6 +232,9 @@ unsafe extern "C" fn memory_alloc(to: *mut sys::CUdeviceptr, bytes: usize) -> u3
         fake.free = fake.free.checked_sub(bytes).ok_or(Code::CUDA_ERROR_OUT_OF_MEMORY)?;
         fake.live += 1;
         let address = fake.memory.allocate("device memory", bytes);
+        // What another program left there: not zero, and not to be read by kernels.
+        fake.memory.write(address, &vec![0xA5; bytes]);
+        fake.memory.forget(address, bytes);
         fake.sizes.push((address, bytes));
         give(to, address)
     })
