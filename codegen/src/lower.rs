@@ -22,8 +22,10 @@
 //! its neighbours' pieces: nobody waits for a core that is slower, or busy with something else. Which worker takes a turn
 //! changes no bit.
 
+mod threads;
+
 use ir::dtype::DType;
-use ir::kernel::{Access, Arith, Buffer, BufferId, Expr, Kernel, RegId, Space, Stmt, Type, VarId};
+use ir::kernel::{Access, Arith, BufferId, Expr, Kernel, RegId, Space, Stmt, Type, VarId};
 use ir::op::{Compare, Reduction, Unary};
 use ir::plan::{Entry, Launch, Plan};
 use std::collections::{BTreeSet, HashMap};
@@ -428,16 +430,7 @@ impl Function<'_> {
             }
             Stmt::Sync => self.line("call void @llvm.nvvm.barrier.cta.sync.aligned.all(i32 0)"),
             Stmt::Copy { to, at, from, index, lanes: _, count } => {
-                let bytes = self.kernel[*from].dtype.bytes(1);
-                let count = self.expr(count);
-                let size = self.emit(format!("mul i32 {count}, {bytes}"));
-                let to = self.address(*to, at);
-                // Where nothing is read, the index may be anywhere.
-                let from = self.address_of(*from, index, "getelementptr");
-                let from = self.emit(format!("addrspacecast ptr {from} to ptr addrspace(1)"));
-                self.line(&format!(
-                    "call void @llvm.nvvm.cp.async.cg.shared.global.16.s(ptr addrspace(3) {to}, ptr addrspace(1) {from}, i32 {size})"
-                ));
+                self.copy((*to, at), (*from, index), count)
             }
             Stmt::Commit => self.line("call void @llvm.nvvm.cp.async.commit.group()"),
             Stmt::Wait(newest) => {
@@ -533,50 +526,6 @@ impl Function<'_> {
     /// The type of a buffer's address.
     fn pointer(&self, buffer: BufferId) -> &'static str {
         if self.kernel[buffer].space == Space::Shared { "ptr addrspace(3)" } else { "ptr" }
-    }
-
-    /// Bytes that the address of an element is surely a multiple of. On a CPU accesses need not be aligned.
-    fn align(&self, buffer: BufferId, index: &[Expr], lanes: u16) -> u64 {
-        let Buffer { dtype, strides, .. } = &self.kernel[buffer];
-        let bytes = dtype.bytes(1) as u64;
-        if self.features.pause != Pause::Grid {
-            return bytes;
-        }
-        let along =
-            index.iter().zip(strides).map(|(i, &stride)| self.multiple(i).saturating_mul(stride as u64));
-        let elements = along.fold(0, gcd);
-        // Buffers begin at cache lines; no access is longer than 16 bytes. LLVM would fill up an odd vector that is aligned to
-        // more than itself, beyond the end of a row.
-        let whole = bytes << lanes.trailing_zeros();
-        let known =
-            if elements == 0 { 16 } else { (1u64 << elements.trailing_zeros().min(4)).saturating_mul(bytes) };
-        known.min(whole).min(16)
-    }
-
-    /// A number that an index is surely a multiple of; 0 if it is 0.
-    fn multiple(&self, expr: &Expr) -> u64 {
-        match expr {
-            Expr::Int(x) => x.unsigned_abs(),
-            Expr::Sym(sym) => match &self.kernel.symbols.0[sym.0 as usize] {
-                fixed if fixed.min == fixed.max => fixed.min.unsigned_abs(),
-                _ => 1,
-            },
-            Expr::Var(var) => match self.vars.get(var).map(|value| value.parse::<i64>()) {
-                Some(Ok(constant)) => constant.unsigned_abs(),
-                _ => self.multiples.get(var).copied().unwrap_or(1),
-            },
-            Expr::Arith(op, a, b) => {
-                let (a, b) = (self.multiple(a), self.multiple(b));
-                match op {
-                    Arith::Add | Arith::Sub | Arith::Min | Arith::Max | Arith::Rem => gcd(a, b),
-                    Arith::Mul => a.saturating_mul(b),
-                    Arith::Div if b > 0 && a % b == 0 => a / b,
-                    Arith::Div => 1,
-                }
-            }
-            Expr::Select(_, a, b) => gcd(self.multiple(a), self.multiple(b)),
-            _ => 1,
-        }
     }
 
     fn address(&mut self, buffer: BufferId, index: &[Expr]) -> String {
@@ -735,23 +684,8 @@ impl Function<'_> {
                 self.dot_bf16(lanes, &acc, &a, &b)
             }
             Expr::Join(a, b) => self.join(a, b),
-            Expr::Exp2(a) => {
-                let lanes = self.type_of(a).lanes();
-                let a = self.expr(a);
-                self.each_lane(DType::F32, lanes, &a, &|x| {
-                    format!("call float @llvm.nvvm.ex2.approx.ftz.f32(float {x})")
-                })
-            }
-            Expr::Shuffle { value, mask } => {
-                let Type::Vector { dtype, lanes } = self.type_of(value) else { panic!("verified: a vector") };
-                let value = self.expr(value);
-                let (name, elem) = if dtype == DType::I32 { ("i32", "i32") } else { ("f32", "float") };
-                self.each_lane(dtype, lanes, &value, &|x| {
-                    format!(
-                        "call {elem} @llvm.nvvm.shfl.sync.bfly.{name}(i32 -1, {elem} {x}, i32 {mask}, i32 31)"
-                    )
-                })
-            }
+            Expr::Exp2(a) => self.exp2(a),
+            Expr::Shuffle { value, mask } => self.shuffle(value, *mask),
             Expr::Matrix { buffer, index, matrices, trans } => self.matrix(*buffer, index, *matrices, *trans),
             Expr::Mma(acc, a, b) => self.mma(acc, a, b),
         }
@@ -790,68 +724,6 @@ impl Function<'_> {
             whole = self.emit(format!("insertelement {ty} {whole}, {elem} {part}, i64 {lane}"));
         }
         whole
-    }
-
-    /// An operation on scalars, for each lane.
-    fn each_lane(&mut self, dtype: DType, lanes: u16, value: &str, op: &dyn Fn(&str) -> String) -> String {
-        let done: Vec<String> = (0..lanes)
-            .map(|lane| {
-                let x = self.pick(dtype, lanes, value, lane, 1);
-                self.emit(op(&x))
-            })
-            .collect();
-        if lanes == 1 { done[0].clone() } else { self.gather(llvm_elem(dtype), &done) }
-    }
-
-    fn matrix(&mut self, buffer: BufferId, index: &[Expr], matrices: u16, trans: bool) -> String {
-        let dtype = self.kernel[buffer].dtype;
-        let at = self.address(buffer, index);
-        let trans = if trans { ".trans" } else { "" };
-        let name = format!("llvm.nvvm.ldmatrix.sync.aligned.m8n8.x{matrices}{trans}.b16.p3");
-        let words = match matrices {
-            1 => "i32".to_string(),
-            n => format!("{{ {} }}", vec!["i32"; n.into()].join(", ")),
-        };
-        let loaded = self.emit(format!("call {words} @{name}(ptr addrspace(3) {at})"));
-        let parts: Vec<String> = match matrices {
-            1 => vec![loaded],
-            n => (0..n).map(|i| self.emit(format!("extractvalue {words} {loaded}, {i}"))).collect(),
-        };
-        let whole = if matrices == 1 { parts[0].clone() } else { self.gather("i32", &parts) };
-        let to = vector(llvm_elem(dtype), 2 * matrices);
-        self.emit(format!("bitcast {} {whole} to {to}", vector("i32", matrices)))
-    }
-
-    fn mma(&mut self, acc: &Expr, a: &Expr, b: &Expr) -> String {
-        let Type::Vector { dtype, .. } = self.type_of(a) else { panic!("verified: a vector") };
-        let [acc, a, b] = [acc, a, b].map(|e| self.expr(e));
-        let (name, pair) = match dtype {
-            DType::F16 => ("f32.f32", "<2 x half>"),
-            _ => ("bf16", "i32"),
-        };
-        let mut args = Vec::new();
-        for (value, lanes) in [(a, 8), (b, 4)] {
-            for at in 0..lanes / 2 {
-                let part = self.pick(dtype, lanes, &value, 2 * at, 2);
-                let part = match dtype {
-                    DType::F16 => part,
-                    _ => self.emit(format!("bitcast <2 x i16> {part} to i32")),
-                };
-                args.push(format!("{pair} {part}"));
-            }
-        }
-        for lane in 0..4 {
-            let part = self.pick(DType::F32, 4, &acc, lane, 1);
-            args.push(format!("float {part}"));
-        }
-        let sums = "{ float, float, float, float }";
-        let made = self.emit(format!(
-            "call {sums} @llvm.nvvm.mma.m16n8k16.row.col.{name}({}) convergent",
-            args.join(", ")
-        ));
-        let parts: Vec<String> =
-            (0..4).map(|i| self.emit(format!("extractvalue {sums} {made}, {i}"))).collect();
-        self.gather("float", &parts)
     }
 
     fn arith(&mut self, op: Arith, a: &Expr, b: &Expr) -> String {
@@ -1014,22 +886,6 @@ impl Function<'_> {
                 self.cast(&middle, Type::f32(lanes), b)
             }
         }
-    }
-
-    /// bf16 to f32, two lanes at a time: one instruction each, where registers have 32 bits.
-    fn widen_pairs(&mut self, value: &str, lanes: u16) -> String {
-        let words = vector("i32", lanes / 2);
-        let all = self.emit(format!("bitcast {} {value} to {words}", vector("i16", lanes)));
-        let mut parts = Vec::new();
-        for pair in 0..lanes / 2 {
-            let word = self.pick(DType::I32, lanes / 2, &all, pair, 1);
-            let halves = [format!("shl i32 {word}, 16"), format!("and i32 {word}, -65536")];
-            for half in halves {
-                let bits = self.emit(half);
-                parts.push(self.emit(format!("bitcast i32 {bits} to float")));
-            }
-        }
-        self.gather("float", &parts)
     }
 
     /// f32 to bf16 to nearest even, by integers: for targets without the instruction. NaN stays NaN.

@@ -34,6 +34,7 @@
 
 pub mod interp;
 pub mod parse;
+mod parts;
 pub mod print;
 pub mod reads;
 pub mod verify;

@@ -15,6 +15,7 @@ use ir::dim::MAX_SYMBOLS;
 use ir::plan::{Entry, Place, Plan};
 use std::borrow::Cow;
 use std::collections::HashMap;
+use std::convert::Infallible;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
@@ -174,32 +175,23 @@ impl CpuProgram {
         state: &mut State,
     ) -> Result<(usize, [i64; MAX_SYMBOLS]), DeviceError> {
         let (number, symbols) = step.entry(self, &self.plan, state)?;
-        let (tokens, past) = (step.tokens, state.past());
+        let past = state.past();
         if state.inner_mut::<OwnedBuf>()?.len() != self.state_bytes {
             return Err(DeviceError::ForeignState); // Another program's: invariant 2 would not hold.
         }
-        let inputs = [self.plan.entries[number].tokens, self.plan.entries[number].positions];
-        self.write_input(inputs[0], tokens.iter().copied());
-        self.write_input(inputs[1], (past..past + tokens.len()).map(|p| p as i32));
+        let Entry { tokens, positions, .. } = self.plan.entries[number];
+        for (buffer, bytes) in [tokens, positions].into_iter().zip(step.inputs(past)) {
+            let at = self.offsets[&buffer];
+            self.inputs[at..][..bytes.len()].copy_from_slice(&bytes);
+        }
         Ok((number, symbols))
     }
 
     /// What an entry point has left in the arena.
     fn outputs(&self, step: &Step<'_>, number: usize) -> StepOutputs {
-        let Entry { logits, token, .. } = self.plan.entries[number];
-        let row = 4 * self.plan.vocab;
-        let rows = match step.want {
-            Want::Nothing | Want::Token => 0,
-            Want::Logits => 1,
-            Want::AllLogits => step.tokens.len(),
-        };
-        let logits = logits.map_or(&[][..], |b| self.arena_bytes(b, rows * row));
-        let logits = logits.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect();
-        let token = token.filter(|_| step.want == Want::Token).map(|b| {
-            let bytes = self.arena_bytes(b, 4);
-            i32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]])
-        });
-        StepOutputs { token, logits }
+        let bytes = |buffer, count| Ok::<_, Infallible>(self.arena_bytes(buffer, count));
+        let Ok(outputs) = StepOutputs::of(step, &self.plan.entries[number], self.plan.vocab, bytes);
+        outputs
     }
 
     fn weights(&self) -> Option<&[u8]> {
@@ -219,14 +211,6 @@ impl CpuProgram {
             Place::Input => inputs.wrapping_add(self.offsets[&number]),
         };
         self.plan.buffers.iter().enumerate().map(place).collect()
-    }
-
-    fn write_input(&mut self, buffer: usize, values: impl Iterator<Item = i32>) {
-        let at = self.offsets[&buffer];
-        let bytes = &mut self.inputs;
-        for (slot, value) in bytes[at..].chunks_exact_mut(4).zip(values) {
-            slot.copy_from_slice(&value.to_le_bytes());
-        }
     }
 
     fn arena_bytes(&self, buffer: usize, bytes: usize) -> &[u8] {

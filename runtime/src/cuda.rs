@@ -164,13 +164,6 @@ impl CudaProgram {
         }
     }
 
-    fn words(&self, caches: &Caches, buffer: usize, count: usize) -> Result<Vec<[u8; 4]>, Failure> {
-        let (memory, at) = self.place(caches, buffer);
-        let mut bytes = vec![0; 4 * count];
-        memory.read(at, &mut bytes)?;
-        Ok(bytes.chunks_exact(4).map(|b| [b[0], b[1], b[2], b[3]]).collect())
-    }
-
     /// Runs a step; with `after` launch by launch.
     fn step(
         &mut self,
@@ -184,13 +177,10 @@ impl CudaProgram {
         if !Arc::ptr_eq(&caches.context, &self.context) {
             return Err(DeviceError::ForeignState);
         }
-        let Entry { tokens, positions, logits, token, .. } = self.code.plan.entries[number];
-        let bytes = |values: &mut dyn Iterator<Item = i32>| -> Vec<u8> {
-            values.flat_map(|value| value.to_le_bytes()).collect()
-        };
-        self.inputs[&tokens].write(0, &bytes(&mut step.tokens.iter().copied()))?;
-        let at = past..past + step.tokens.len();
-        self.inputs[&positions].write(0, &bytes(&mut at.map(|p| p as i32)))?;
+        let Entry { tokens, positions, .. } = self.code.plan.entries[number];
+        for (buffer, bytes) in [tokens, positions].into_iter().zip(step.inputs(past)) {
+            self.inputs[&buffer].write(0, &bytes)?;
+        }
 
         let calls = |caches: &Caches| {
             let address = |buffer| {
@@ -216,17 +206,13 @@ impl CudaProgram {
             said: failure.to_string(),
         })?;
 
-        let rows = match step.want {
-            Want::Nothing | Want::Token => 0,
-            Want::Logits => 1,
-            Want::AllLogits => step.tokens.len(),
+        let read = |buffer, count| -> Result<Vec<u8>, Failure> {
+            let (memory, at) = self.place(caches, buffer);
+            let mut bytes = vec![0; count];
+            memory.read(at, &mut bytes).map(|()| bytes)
         };
-        let logits = logits.map(|buffer| self.words(caches, buffer, rows * self.code.plan.vocab));
-        let token = token.filter(|_| step.want == Want::Token).map(|buffer| self.words(caches, buffer, 1));
-        let outputs = StepOutputs {
-            token: token.transpose()?.map(|words| i32::from_le_bytes(words[0])),
-            logits: logits.transpose()?.unwrap_or_default().into_iter().map(f32::from_le_bytes).collect(),
-        };
+        let entry = &self.code.plan.entries[number];
+        let outputs = StepOutputs::of(step, entry, self.code.plan.vocab, read)?;
         state.advance(step.tokens.len());
         Ok(outputs)
     }

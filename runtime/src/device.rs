@@ -185,6 +185,24 @@ impl Step<'_> {
     }
 }
 
+impl Step<'_> {
+    /// Rows of logits that it gives back.
+    pub(crate) fn rows(&self) -> usize {
+        match self.want {
+            Want::Nothing | Want::Token => 0,
+            Want::Logits => 1,
+            Want::AllLogits => self.tokens.len(),
+        }
+    }
+
+    /// What its two inputs hold in memory: tokens, and positions behind `past`.
+    pub(crate) fn inputs(&self, past: usize) -> [Vec<u8>; 2] {
+        let tokens = self.tokens.iter().flat_map(|token| token.to_le_bytes());
+        let positions = past..past + self.tokens.len();
+        [tokens.collect(), positions.flat_map(|at| (at as i32).to_le_bytes()).collect()]
+    }
+}
+
 fn check_tokens(program: &(impl Program + ?Sized), tokens: &[i32], state: &State) -> Result<(), DeviceError> {
     if tokens.is_empty() {
         return Err(DeviceError::EmptyStep);
@@ -208,6 +226,28 @@ pub struct StepOutputs {
     /// Rows of `vocab` logits: none for [`Want::Nothing`] and [`Want::Token`], the last position's for [`Want::Logits`],
     /// one a position for [`Want::AllLogits`].
     pub logits: Vec<f32>,
+}
+
+impl StepOutputs {
+    /// What an entry point has left for a step; `bytes` gives so many of a buffer of the plan.
+    pub(crate) fn of<B: AsRef<[u8]>, E>(
+        step: &Step<'_>,
+        entry: &Entry,
+        vocab: usize,
+        bytes: impl Fn(usize, usize) -> Result<B, E>,
+    ) -> Result<StepOutputs, E> {
+        let words = |buffer: Option<usize>, count: usize| -> Result<Vec<[u8; 4]>, E> {
+            let Some(buffer) = buffer.filter(|_| count > 0) else { return Ok(Vec::new()) };
+            let bytes = bytes(buffer, 4 * count)?;
+            Ok(bytes.as_ref().chunks_exact(4).map(|b| [b[0], b[1], b[2], b[3]]).collect())
+        };
+        let logits = words(entry.logits, step.rows() * vocab)?;
+        let token = words(entry.token, usize::from(step.want == Want::Token))?;
+        Ok(StepOutputs {
+            token: token.first().map(|&word| i32::from_le_bytes(word)),
+            logits: logits.into_iter().map(f32::from_le_bytes).collect(),
+        })
+    }
 }
 
 /// A conversation so far: how many positions are in the cache, and the cache, which is the program's own.

@@ -145,12 +145,7 @@ impl Program for NullProgram {
         let entry = &self.plan.entries[number];
         self.check_step(entry, tokens, past).map_err(|said| self.bad(said))?;
         state.advance(tokens);
-        let rows = match step.want {
-            Want::Nothing | Want::Token => 0,
-            Want::Logits => 1,
-            Want::AllLogits => tokens,
-        };
         let token = (step.want == Want::Token).then_some(0);
-        Ok(StepOutputs { token, logits: vec![0.0; rows * self.plan.vocab] })
+        Ok(StepOutputs { token, logits: vec![0.0; step.rows() * self.plan.vocab] })
     }
 }

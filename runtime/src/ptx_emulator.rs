@@ -13,6 +13,7 @@ use crate::ptx::Module;
 use ir::kernel::{Access, Space};
 use ir::plan::{Entry, Place, Plan};
 use std::borrow::Cow;
+use std::convert::Infallible;
 use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -151,12 +152,9 @@ impl EmulatedProgram {
         let mut memory = locked(&memory);
         memory.forget(self.arena.start, (self.arena.end - self.arena.start) as usize);
         let Entry { tokens, positions, .. } = self.code.plan.entries[number];
-        let bytes = |values: &mut dyn Iterator<Item = i32>| -> Vec<u8> {
-            values.flat_map(|value| value.to_le_bytes()).collect()
-        };
-        memory.write(addresses[tokens], &bytes(&mut step.tokens.iter().copied()));
-        let at = past..past + step.tokens.len();
-        memory.write(addresses[positions], &bytes(&mut at.map(|p| p as i32)));
+        let [held, at] = step.inputs(past);
+        memory.write(addresses[tokens], &held);
+        memory.write(addresses[positions], &at);
         let origin = Instant::now();
         for (launch, call) in self.code.calls(number, &addresses, &symbols, MOST_CTAS).iter().enumerate() {
             let begin = origin.elapsed().as_secs_f64();
@@ -168,22 +166,9 @@ impl EmulatedProgram {
             after(Tap { entry, launch, workers: &workers, memory: seen });
         }
         state.advance(step.tokens.len());
-        let Entry { logits, token, .. } = self.code.plan.entries[number];
-        let rows = match step.want {
-            Want::Nothing | Want::Token => 0,
-            Want::Logits => 1,
-            Want::AllLogits => step.tokens.len(),
-        };
-        let words = |buffer: usize, count: usize| -> Vec<[u8; 4]> {
-            let bytes = memory.read(addresses[buffer], 4 * count);
-            bytes.chunks_exact(4).map(|b| [b[0], b[1], b[2], b[3]]).collect()
-        };
-        let logits = logits.map_or(Vec::new(), |buffer| words(buffer, rows * self.code.plan.vocab));
-        let token = token.filter(|_| step.want == Want::Token).map(|buffer| words(buffer, 1)[0]);
-        Ok(StepOutputs {
-            token: token.map(i32::from_le_bytes),
-            logits: logits.into_iter().map(f32::from_le_bytes).collect(),
-        })
+        let read = |buffer: usize, count| Ok::<_, Infallible>(memory.read(addresses[buffer], count));
+        let Ok(outputs) = StepOutputs::of(step, &self.code.plan.entries[number], self.code.plan.vocab, read);
+        Ok(outputs)
     }
 
     fn launch(

@@ -13,6 +13,7 @@ use runtime::code::{Code, CodeError, Guarded};
 use runtime::emulator::{self, Grid, Memory, Report, Sm, Sums};
 use runtime::map::MapError;
 use runtime::ptx::{Module, PtxError};
+use std::ops::Range;
 
 /// What a parameter holds before a launch, in the order of its index space; `None` where the launch has to write it all.
 pub type Held = Option<Vec<f64>>;
@@ -287,9 +288,12 @@ impl Emulated {
             for (param, held) in params.iter().zip(held) {
                 let size = param.buffer.dtype.bytes(1);
                 let address = memory.allocate(&param.buffer.name, param.span * size);
-                let written = param.bytes(held, 0);
-                for &position in param.positions.iter().filter(|_| held.is_some()) {
-                    memory.write(address + (position * size) as u64, &written[position * size..][..size]);
+                if held.is_some() {
+                    memory.write(address, &param.bytes(held, 0));
+                    // What lies between rows nobody wrote.
+                    for gap in param.gaps() {
+                        memory.forget(address + (gap.start * size) as u64, gap.len() * size);
+                    }
                 }
                 bytes.extend(address.to_le_bytes());
                 addresses.push(address);
@@ -306,9 +310,8 @@ impl Emulated {
             let options = emulator::Options { sm: self.sm, seed, sums: self.sums };
             self.programs[number].launch(&grid, &bytes, &mut memory, &options).map_err(Box::new)?;
             let read = |(param, &address): (&Param, &u64)| {
-                let size = param.buffer.dtype.bytes(1);
-                let at = param.positions.iter().map(|&position| address + (position * size) as u64);
-                at.flat_map(|address| memory.read(address, size).to_vec()).collect()
+                let bytes = param.span * param.buffer.dtype.bytes(1);
+                param.elems(memory.read(address, bytes))
             };
             Ok(params.iter().zip(&addresses).map(read).collect())
         };
@@ -360,6 +363,14 @@ impl<'k> Param<'k> {
         let size = self.buffer.dtype.bytes(1);
         let pairs = before.chunks_exact(size).zip(after.chunks_exact(size));
         pairs.zip(own).all(|((before, after), own)| own || before == after)
+    }
+
+    /// Runs of positions that hold no element.
+    fn gaps(&self) -> Vec<Range<usize>> {
+        let mut taken = self.positions.clone();
+        taken.sort_unstable();
+        let ends = taken.windows(2).map(|pair| pair[0] + 1..pair[1]);
+        ends.filter(|gap| !gap.is_empty()).collect()
     }
 
     /// The bytes of the elements, one after the other.

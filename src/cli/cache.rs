@@ -34,7 +34,7 @@ pub fn place(argument: &str, model: &Model, build: &BuildOptions) -> Result<Path
         Model::Preset(_) | Model::Artifact(_) => add(argument),
     }
     add(&format!("{:?} {:?} {}", build.random_weights, build.dtype(model), build.taps));
-    add(build.machine.target());
+    add(&format!("{} {}", build.machine.target(), build.machine.takes_cubin()));
     add(&build.context(model.config()?.context).to_string());
     if let Some(table) = &build.tune_db {
         add(&fs::read_to_string(table).map_err(|source| CliError::Read { file: table.clone(), source })?);

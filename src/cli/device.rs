@@ -56,6 +56,12 @@ impl Machine {
         }
     }
 
+    /// Is machine code of a GPU of use? The emulator reads PTX.
+    #[cfg(feature = "compiler")]
+    pub fn takes_cubin(self) -> bool {
+        matches!(self, Machine::Cuda { .. })
+    }
+
     /// The code that it runs.
     pub fn choose<'a>(self, file: &Path, manifest: &'a Manifest) -> Result<&'a TargetCode, DeviceError> {
         match self {

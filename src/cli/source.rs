@@ -211,8 +211,7 @@ fn compiled(
         targets: vec![build.machine.target().to_string()],
         weights: true,
         taps: build.taps,
-        // Only the emulator runs what is compiled here for a GPU, and it reads PTX.
-        cubin: false,
+        cubin: build.machine.takes_cubin(),
         keep: None,
     };
     compile::to_file(&options, &file, screen)?;

@@ -91,14 +91,7 @@ pub fn test_data() -> PathBuf {
 fn trial(model: &'static str, [file, reference]: [PathBuf; 2], dtype: DType) -> Trial {
     let name = format!("reference {model} {dtype}");
     Trial::test(name.clone(), move || {
-        for file in [&file, &reference] {
-            if !file.exists() {
-                skip(&name, &format!("there is no {}", file.display()));
-                return Ok(());
-            }
-        }
-        let vocab = Model::open(&file.display().to_string())?.config()?.vocab_size;
-        let reference = Reference::read(&reference, vocab)?;
+        let Some(reference) = read(&name, &file, &reference)? else { return Ok(()) };
         let mut levels = vec!["cpu:native"];
         if ON_ALL_LEVELS.contains(&model) {
             levels.extend(["cpu:x86-64-v3", "cpu:x86-64-v4"]);
@@ -110,18 +103,21 @@ fn trial(model: &'static str, [file, reference]: [PathBuf; 2], dtype: DType) -> 
     })
 }
 
+/// The reference of a model; none where one of both files is missing, which is counted.
+fn read(name: &str, file: &Path, reference: &Path) -> Checked<Option<Reference>> {
+    if let Some(missing) = [file, reference].into_iter().find(|file| !file.exists()) {
+        skip(name, &format!("there is no {}", missing.display()));
+        return Ok(None);
+    }
+    let vocab = Model::open(&file.display().to_string())?.config()?.vocab_size;
+    Ok(Some(Reference::read(reference, vocab)?))
+}
+
 /// The code for a GPU, on the emulator.
 fn emulated(model: &'static str, [file, reference]: [PathBuf; 2], dtype: DType) -> Trial {
     let name = format!("reference {model} {dtype} on ptx-emulator:sm_80");
     Trial::test(name.clone(), move || {
-        for file in [&file, &reference] {
-            if !file.exists() {
-                skip(&name, &format!("there is no {}", file.display()));
-                return Ok(());
-            }
-        }
-        let vocab = Model::open(&file.display().to_string())?.config()?.vocab_size;
-        let reference = Reference::read(&reference, vocab)?;
+        let Some(reference) = read(&name, &file, &reference)? else { return Ok(()) };
         let folder = tempfile::tempdir()?;
         let artifact = compile_model(&file, &folder.path().join("model.llamac"), dtype, "cuda:sm_80")?;
         let mut program = PtxEmulator { sm: Sm::Sm80, seed: 1, sums: Sums::Truncated }.open(&artifact)?;

@@ -11,6 +11,7 @@
 
 use super::access::Lowering;
 use super::{GroupView, LowerError, Lowered};
+use crate::dim::Dim;
 use crate::dtype::DType;
 use crate::graph::{Layout, Pack};
 use crate::kernel::{Access, Expr, LANES, Type};
@@ -66,11 +67,13 @@ pub const KEYS: usize = 64;
 /// When the group is no attention.
 pub fn schedules(view: &GroupView<'_>, vectors: &Vectors) -> Result<Vec<String>, LowerError> {
     let shape = shape_of(view)?;
+    word_of(view, &shape)?;
+    let one_step = shape.steps.constant() == Some(1);
     let wide = vectors.per_vector();
     let fits = |mr: usize, nr: usize| (mr * nr + nr) * wide < vectors.registers;
-    let most = if shape.one_step { shape.per_kv.min(8) } else { 6 };
+    let most = if one_step { shape.per_kv.min(8) } else { 6 };
     // One position has too few rows to use a vector of keys often: the narrowest tile loads the least.
-    let widths = if shape.one_step { [1, 2, 4] } else { [4, 2, 1] };
+    let widths = if one_step { [1, 2, 4] } else { [4, 2, 1] };
     let tiles = (1..=most).rev().flat_map(|mr| widths.map(|nr| (mr, nr)));
     let mut tiles: Vec<(usize, usize)> = tiles.filter(|&(mr, nr)| fits(mr, nr)).collect();
     if tiles.is_empty() {
@@ -83,39 +86,49 @@ pub fn schedules(view: &GroupView<'_>, vectors: &Vectors) -> Result<Vec<String>,
 }
 
 /// Extents of an attention.
-struct Shape {
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Shape {
+    /// Positions of a step.
+    pub steps: Dim,
     /// Query heads for each KV head.
-    per_kv: usize,
-    kv_heads: usize,
-    d: usize,
-    slots: usize,
-    dtype: DType,
-    word: usize,
-    /// Is there one position only?
-    one_step: bool,
+    pub per_kv: usize,
+    /// KV heads.
+    pub kv_heads: usize,
+    /// Width of a head.
+    pub d: usize,
+    /// Slots of the cache.
+    pub slots: usize,
+    /// Of all operands.
+    pub dtype: DType,
 }
 
-fn shape_of(view: &GroupView<'_>) -> Result<Shape, LowerError> {
+/// The extents of a group that is one attention.
+pub(super) fn shape_of(view: &GroupView<'_>) -> Result<Shape, LowerError> {
     let [id] = view.values[..] else { return Err(view.unsupported("more than the attention")) };
     if !matches!(view.graph[id].op, Op::Attention { .. }) {
         return Err(view.unsupported("anything but attention"));
     }
     let (q, k) = (&view.graph.operand(id, 0).ty, &view.graph.operand(id, 1).ty);
-    let constant = |dim: crate::Dim| dim.constant().map(|d| d as usize);
+    let constant = |dim: Dim| dim.constant().map(|d| d as usize);
     let extents = (constant(q.shape[1]), constant(k.shape[0]), constant(k.shape[1]), constant(k.shape[2]));
     let (Some(heads), Some(kv_heads), Some(slots), Some(d)) = extents else {
         return Err(view.unsupported("symbolic heads or capacity"));
     };
-    let word = match q.dtype {
+    Ok(Shape { steps: q.shape[0], per_kv: heads / kv_heads, kv_heads, d, slots, dtype: q.dtype })
+}
+
+/// Elements that are multiplied together: those of four bytes.
+fn word_of(view: &GroupView<'_>, shape: &Shape) -> Result<usize, LowerError> {
+    let Shape { d, dtype, .. } = *shape;
+    let word = match dtype {
         DType::BF16 => 2,
         DType::F32 => 1,
-        _ => return Err(view.unsupported(format!("attention in {}", q.dtype))),
+        _ => return Err(view.unsupported(format!("attention in {dtype}"))),
     };
-    if d % word != 0 {
-        return Err(view.unsupported(format!("attention in {} with a head of {d}", q.dtype)));
+    match d % word {
+        0 => Ok(word),
+        _ => Err(view.unsupported(format!("attention in {dtype} with a head of {d}"))),
     }
-    let one_step = q.shape[0].constant() == Some(1);
-    Ok(Shape { per_kv: heads / kv_heads, kv_heads, d, slots, dtype: q.dtype, word, one_step })
 }
 
 /// The kernel of an attention.
@@ -124,7 +137,9 @@ fn shape_of(view: &GroupView<'_>) -> Result<Shape, LowerError> {
 ///
 /// Where shapes are symbolic behind the first axis, the dtype is neither f32 nor bf16, or the schedule does not fit.
 pub fn lower(view: &GroupView<'_>, vectors: &Vectors) -> Result<Lowered, LowerError> {
-    let Shape { per_kv, kv_heads, d, slots, dtype, word, .. } = shape_of(view)?;
+    let shape = shape_of(view)?;
+    let Shape { steps, per_kv, kv_heads, d, slots, dtype } = shape;
+    let word = word_of(view, &shape)?;
     let text = match &view.graph.groups[view.id.0 as usize].schedule {
         Some(text) => text.clone(),
         None => schedules(view, vectors)?.swap_remove(0),
@@ -164,7 +179,7 @@ pub fn lower(view: &GroupView<'_>, vectors: &Vectors) -> Result<Lowered, LowerEr
         DType::BF16 => acc.dot_bf16(a, b),
         _ => a.fma(b, acc),
     };
-    let steps = Expr::from(view.graph.operand(id, 0).ty.shape[0]);
+    let steps = Expr::from(steps);
     let all_rows = steps.clone() * per_kv;
     // A tile's rows reach to its last position, so later tiles cost more. Taking tiles from both ends in turn gives each
     // worker, whose turns are contiguous, equal work.

@@ -12,60 +12,16 @@ pub fn symbols(kernel: &Kernel) -> [bool; MAX_SYMBOLS] {
 
 fn block(stmts: &[Stmt], read: &mut [bool; MAX_SYMBOLS]) {
     for stmt in stmts {
-        match stmt {
-            Stmt::Let { value, .. } => expr(value, read),
-            Stmt::Reg { init, .. } => exprs(init, read),
-            Stmt::Set { index, value, .. } | Stmt::Store { index, value, .. } => {
-                exprs(index, read);
-                expr(value, read);
-            }
-            Stmt::Prefetch { index, .. } => exprs(index, read),
-            Stmt::For { lo, hi, body, .. } => {
-                exprs([lo, hi], read);
-                block(body, read);
-            }
-            Stmt::Unroll { body, .. } => block(body, read),
-            Stmt::Parallel { count, body, .. } => {
-                expr(count, read);
-                block(body, read);
-            }
-            Stmt::If { cond, then, otherwise } => {
-                expr(cond, read);
-                block(then, read);
-                block(otherwise, read);
-            }
-            Stmt::Copy { at, index, count, .. } => {
-                exprs(at, read);
-                exprs(index, read);
-                expr(count, read);
-            }
-            Stmt::Barrier | Stmt::Sync | Stmt::Commit | Stmt::Wait(_) => {}
-        }
+        stmt.exprs().into_iter().for_each(|value| expr(value, read));
+        stmt.blocks().into_iter().for_each(|inside| block(inside, read));
     }
-}
-
-fn exprs<'a>(all: impl IntoIterator<Item = &'a Expr>, read: &mut [bool; MAX_SYMBOLS]) {
-    all.into_iter().for_each(|one| expr(one, read));
 }
 
 fn expr(of: &Expr, read: &mut [bool; MAX_SYMBOLS]) {
-    match of {
-        Expr::Sym(sym) => read[sym.0 as usize] = true,
-        Expr::Arith(_, a, b) | Expr::Compare(_, a, b) | Expr::Join(a, b) => exprs([&**a, &**b], read),
-        Expr::Fma(a, b, c) | Expr::Select(a, b, c) | Expr::DotBf16(a, b, c) | Expr::Mma(a, b, c) => {
-            exprs([&**a, &**b, &**c], read);
-        }
-        Expr::Unary(_, a)
-        | Expr::Splat { value: a, .. }
-        | Expr::Lanes { value: a, .. }
-        | Expr::Cast { value: a, .. }
-        | Expr::Index(a)
-        | Expr::Exp2(a)
-        | Expr::Shuffle { value: a, .. }
-        | Expr::Reduce(_, a) => expr(a, read),
-        Expr::Reg { index, .. } | Expr::Load { index, .. } | Expr::Matrix { index, .. } => exprs(index, read),
-        Expr::Int(_) | Expr::Thread | Expr::Var(_) | Expr::Const { .. } | Expr::Iota { .. } => {}
+    if let Expr::Sym(sym) = of {
+        read[sym.0 as usize] = true;
     }
+    of.operands().into_iter().for_each(|operand| expr(operand, read));
 }
 
 #[cfg(test)]

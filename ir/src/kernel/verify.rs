@@ -394,27 +394,14 @@ fn numbering(kernel: &Kernel) -> Checked<()> {
         }
         for stmt in stmts {
             match stmt {
-                Stmt::Let { var, .. } => vars.push(var.0),
+                Stmt::Let { var, .. }
+                | Stmt::For { var, .. }
+                | Stmt::Unroll { var, .. }
+                | Stmt::Parallel { var, .. } => vars.push(var.0),
                 Stmt::Reg { reg, .. } => regs.push(reg.0),
-                Stmt::For { var, body, .. }
-                | Stmt::Unroll { var, body, .. }
-                | Stmt::Parallel { var, body, .. } => {
-                    vars.push(var.0);
-                    walk(body, vars, regs, depth + 1)?;
-                }
-                Stmt::If { then, otherwise, .. } => {
-                    walk(then, vars, regs, depth + 1)?;
-                    walk(otherwise, vars, regs, depth + 1)?;
-                }
-                Stmt::Set { .. }
-                | Stmt::Store { .. }
-                | Stmt::Prefetch { .. }
-                | Stmt::Barrier
-                | Stmt::Sync
-                | Stmt::Copy { .. }
-                | Stmt::Commit
-                | Stmt::Wait(_) => {}
+                _ => {} // Nothing else declares.
             }
+            stmt.blocks().into_iter().try_for_each(|inside| walk(inside, vars, regs, depth + 1))?;
         }
         Ok(())
     }
@@ -864,39 +851,15 @@ fn measure(expr: &Expr, depth: usize, nodes: &mut usize) -> Checked<()> {
     if *nodes > MAX_NODES || depth > MAX_NESTING {
         return rule(Rule::Nodes);
     }
-    match expr {
-        Expr::Arith(Arith::Min | Arith::Max, a, b) | Expr::Compare(_, a, b) | Expr::Join(a, b) => {
-            measure(a, depth + 1, nodes)?;
-            measure(b, depth + 1, nodes)
-        }
-        Expr::Arith(_, a, b) => {
-            let parentheses = usize::from(print::precedence(a) < print::precedence(expr));
-            measure(a, depth + parentheses, nodes)?;
-            measure(b, depth + 1, nodes)
-        }
-        Expr::Fma(a, b, c) | Expr::Select(a, b, c) | Expr::DotBf16(a, b, c) | Expr::Mma(a, b, c) => {
-            measure(a, depth + 1, nodes)?;
-            measure(b, depth + 1, nodes)?;
-            measure(c, depth + 1, nodes)
-        }
-        Expr::Unary(_, a)
-        | Expr::Splat { value: a, .. }
-        | Expr::Lanes { value: a, .. }
-        | Expr::Cast { value: a, .. }
-        | Expr::Index(a)
-        | Expr::Exp2(a)
-        | Expr::Shuffle { value: a, .. }
-        | Expr::Reduce(_, a) => measure(a, depth + 1, nodes),
-        Expr::Reg { index, .. } | Expr::Load { index, .. } | Expr::Matrix { index, .. } => {
-            index.iter().try_for_each(|i| measure(i, depth + 1, nodes))
-        }
-        Expr::Int(_)
-        | Expr::Sym(_)
-        | Expr::Thread
-        | Expr::Var(_)
-        | Expr::Const { .. }
-        | Expr::Iota { .. } => Ok(()),
-    }
+    let infix = match expr {
+        Expr::Arith(Arith::Min | Arith::Max, ..) => None,
+        Expr::Arith(_, a, _) => Some(usize::from(print::precedence(a) < print::precedence(expr))),
+        _ => None,
+    };
+    let operands = expr.operands().into_iter().enumerate();
+    operands
+        .map(|(number, operand)| (operand, infix.filter(|_| number == 0).unwrap_or(1)))
+        .try_for_each(|(operand, deeper)| measure(operand, depth + deeper, nodes))
 }
 
 fn in_shared(buffer: &Buffer) -> Checked<()> {

@@ -260,49 +260,19 @@ impl Fault {
 fn each_block(block: &mut Vec<Stmt>, see: &mut dyn FnMut(&mut Vec<Stmt>)) {
     see(block);
     for stmt in block {
-        match stmt {
-            Stmt::For { body, .. } | Stmt::Unroll { body, .. } | Stmt::Parallel { body, .. } => {
-                each_block(body, see);
-            }
-            Stmt::If { then, otherwise, .. } => {
-                [then, otherwise].into_iter().for_each(|b| each_block(b, see))
-            }
-            Stmt::Let { .. }
-            | Stmt::Reg { .. }
-            | Stmt::Set { .. }
-            | Stmt::Store { .. }
-            | Stmt::Prefetch { .. }
-            | Stmt::Barrier
-            | Stmt::Sync
-            | Stmt::Copy { .. }
-            | Stmt::Commit
-            | Stmt::Wait(_) => {}
-        }
+        stmt.blocks_mut().into_iter().for_each(|inside| each_block(inside, see));
     }
 }
 
-/// Every expression of values; those that only say where a register is are constants and stay.
+/// Every expression of values; those that only say where a register is are constants and stay, and what is asked for early has
+/// no value.
 fn each_expr(block: &mut Vec<Stmt>, see: &mut dyn FnMut(&mut Expr)) {
     each_block(block, &mut |block| {
         for stmt in block {
             match stmt {
-                Stmt::Let { value, .. } | Stmt::Reg { init: Some(value), .. } | Stmt::Set { value, .. } => {
-                    within(value, see);
-                }
-                Stmt::Store { index, value, .. } => {
-                    index.iter_mut().chain([value]).for_each(|e| within(e, see))
-                }
-                Stmt::For { lo, hi, .. } => [lo, hi].into_iter().for_each(|e| within(e, see)),
-                Stmt::Parallel { count, .. } => within(count, see),
-                Stmt::If { cond, .. } => within(cond, see),
-                Stmt::Reg { init: None, .. }
-                | Stmt::Prefetch { .. }
-                | Stmt::Unroll { .. }
-                | Stmt::Barrier
-                | Stmt::Sync
-                | Stmt::Copy { .. }
-                | Stmt::Commit
-                | Stmt::Wait(_) => {}
+                Stmt::Set { value, .. } => within(value, see),
+                Stmt::Prefetch { .. } => {}
+                other => other.exprs_mut().into_iter().for_each(|e| within(e, see)),
             }
         }
     });
@@ -310,31 +280,8 @@ fn each_expr(block: &mut Vec<Stmt>, see: &mut dyn FnMut(&mut Expr)) {
 
 fn within(expr: &mut Expr, see: &mut dyn FnMut(&mut Expr)) {
     // Operands first: a change is not looked at again.
-    match expr {
-        Expr::Arith(_, a, b) | Expr::Compare(_, a, b) | Expr::Join(a, b) => {
-            [a, b].into_iter().for_each(|e| within(e, see))
-        }
-        Expr::Fma(a, b, c) | Expr::Select(a, b, c) | Expr::DotBf16(a, b, c) | Expr::Mma(a, b, c) => {
-            [a, b, c].into_iter().for_each(|e| within(e, see));
-        }
-        Expr::Unary(_, a)
-        | Expr::Splat { value: a, .. }
-        | Expr::Lanes { value: a, .. }
-        | Expr::Cast { value: a, .. }
-        | Expr::Index(a)
-        | Expr::Exp2(a)
-        | Expr::Shuffle { value: a, .. }
-        | Expr::Reduce(_, a) => within(a, see),
-        Expr::Load { index, .. } | Expr::Matrix { index, .. } => {
-            index.iter_mut().for_each(|e| within(e, see))
-        }
-        Expr::Int(_)
-        | Expr::Sym(_)
-        | Expr::Thread
-        | Expr::Var(_)
-        | Expr::Const { .. }
-        | Expr::Reg { .. }
-        | Expr::Iota { .. } => {}
+    if !matches!(expr, Expr::Reg { .. }) {
+        expr.operands_mut().into_iter().for_each(|e| within(e, see));
     }
     see(expr);
 }

@@ -12,6 +12,7 @@
 use super::chunk;
 use crate::dtype::DType;
 use crate::families::access::Lowering;
+use crate::families::attention::{Shape, shape_of};
 use crate::families::{GroupView, LowerError, Lowered};
 use crate::kernel::{Access, BufferId, Builder, Expr, RegId, Type, WARP};
 use crate::op::{Compare, Op, Unary};
@@ -70,7 +71,7 @@ fn padded(d: usize) -> usize {
 ///
 /// When the group is no attention.
 pub fn schedules(view: &GroupView<'_>, gpu: &Gpu) -> Result<Vec<String>, LowerError> {
-    let shape = shape_of(view)?;
+    let shape = covered(view)?;
     let rows = view.graph.symbols.max()[0] as usize * shape.per_kv;
     let d = padded(shape.d);
     let mut found = Vec::new();
@@ -92,35 +93,14 @@ pub fn schedules(view: &GroupView<'_>, gpu: &Gpu) -> Result<Vec<String>, LowerEr
     }
 }
 
-/// Extents of an attention.
-struct Shape {
-    /// Query heads for each KV head.
-    per_kv: usize,
-    kv_heads: usize,
-    d: usize,
-    slots: usize,
-    dtype: DType,
-}
-
-fn shape_of(view: &GroupView<'_>) -> Result<Shape, LowerError> {
-    let [id] = view.values[..] else { return Err(view.unsupported("more than the attention")) };
-    if !matches!(view.graph[id].op, Op::Attention { .. }) {
-        return Err(view.unsupported("anything but attention"));
+/// The extents of an attention that these kernels cover.
+fn covered(view: &GroupView<'_>) -> Result<Shape, LowerError> {
+    let shape = shape_of(view)?;
+    let Shape { d, dtype, .. } = shape;
+    match dtype {
+        DType::F32 | DType::BF16 | DType::F16 if d.is_multiple_of(chunk(dtype)) && d <= 256 => Ok(shape),
+        _ => Err(view.unsupported(format!("attention in {dtype} with a head of {d}"))),
     }
-    let (q, k) = (&view.graph.operand(id, 0).ty, &view.graph.operand(id, 1).ty);
-    let constant = |dim: crate::Dim| dim.constant().map(|d| d as usize);
-    let extents = (constant(q.shape[1]), constant(k.shape[0]), constant(k.shape[1]), constant(k.shape[2]));
-    let (Some(heads), Some(kv_heads), Some(slots), Some(d)) = extents else {
-        return Err(view.unsupported("symbolic heads or capacity"));
-    };
-    let dtype = q.dtype;
-    if !matches!(dtype, DType::F32 | DType::BF16 | DType::F16) {
-        return Err(view.unsupported(format!("attention in {dtype}")));
-    }
-    if !d.is_multiple_of(chunk(dtype)) || d > 256 {
-        return Err(view.unsupported(format!("attention in {dtype} with a head of {d}")));
-    }
-    Ok(Shape { per_kv: heads / kv_heads, kv_heads, d, slots, dtype })
 }
 
 /// A tile as its threads see it.
@@ -160,7 +140,7 @@ struct Tile {
 ///
 /// Where shapes are symbolic behind the first axis, a dtype or head is not covered, or the schedule does not fit.
 pub fn lower(view: &GroupView<'_>, s: Schedule) -> Result<Lowered, LowerError> {
-    let shape = shape_of(view)?;
+    let shape = covered(view)?;
     let Shape { per_kv, kv_heads, slots, dtype, .. } = shape;
     let Op::Attention { causal, scale } = view.graph[view.values[0]].op else {
         unreachable!("shape_of looked")
@@ -186,7 +166,7 @@ pub fn lower(view: &GroupView<'_>, s: Schedule) -> Result<Lowered, LowerError> {
     let tile_k = k.shared("tile_k", dtype, &[2, s.keys, d], pitch);
     let tile_v = k.shared("tile_v", dtype, &[2, s.keys, d], pitch);
     let weights = (!mma).then(|| k.shared("weights", DType::F32, &[bm, s.keys], s.keys + 4));
-    let steps = Expr::from(view.graph.operand(view.values[0], 0).ty.shape[0]);
+    let steps = Expr::from(shape.steps);
     let all_rows = steps.clone() * per_kv;
     let tiles = (all_rows.clone() + (bm - 1)) / bm;
     k.parallel("turn", tiles.clone() * kv_heads, |k, turn| {

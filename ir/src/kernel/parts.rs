@@ -1,0 +1,84 @@
+//! What statements and expressions are made of, for whoever walks through a kernel.
+
+use super::{Expr, Stmt};
+
+/// The parts of a thing, by shared or by exclusive reference: the same matches serve both.
+macro_rules! parts {
+    ($operands:ident, $exprs:ident, $blocks:ident, $list:ty, $iter:ident, $($mutable:tt)?) => {
+        impl Expr {
+            /// The expressions that it is computed from, in the order of its text; indices among them.
+            pub fn $operands(&$($mutable)? self) -> Vec<&$($mutable)? Expr> {
+                match self {
+                    Expr::Int(_)
+                    | Expr::Sym(_)
+                    | Expr::Thread
+                    | Expr::Var(_)
+                    | Expr::Const { .. }
+                    | Expr::Iota { .. } => Vec::new(),
+                    Expr::Arith(_, a, b) | Expr::Compare(_, a, b) | Expr::Join(a, b) => vec![a, b],
+                    Expr::Fma(a, b, c)
+                    | Expr::Select(a, b, c)
+                    | Expr::DotBf16(a, b, c)
+                    | Expr::Mma(a, b, c) => vec![a, b, c],
+                    Expr::Unary(_, a)
+                    | Expr::Splat { value: a, .. }
+                    | Expr::Lanes { value: a, .. }
+                    | Expr::Cast { value: a, .. }
+                    | Expr::Index(a)
+                    | Expr::Exp2(a)
+                    | Expr::Shuffle { value: a, .. }
+                    | Expr::Reduce(_, a) => vec![a],
+                    Expr::Reg { index, .. } | Expr::Load { index, .. } | Expr::Matrix { index, .. } => {
+                        index.$iter().collect()
+                    }
+                }
+            }
+        }
+
+        impl Stmt {
+            /// Its expressions, in the order of its text, without those of the statements inside.
+            pub fn $exprs(&$($mutable)? self) -> Vec<&$($mutable)? Expr> {
+                match self {
+                    Stmt::Let { value, .. } => vec![value],
+                    Stmt::Reg { init, .. } => init.$iter().collect(),
+                    Stmt::Set { index, value, .. } | Stmt::Store { index, value, .. } => {
+                        index.$iter().chain([value]).collect()
+                    }
+                    Stmt::Prefetch { index, .. } => index.$iter().collect(),
+                    Stmt::For { lo, hi, .. } => vec![lo, hi],
+                    Stmt::Parallel { count, .. } => vec![count],
+                    Stmt::If { cond, .. } => vec![cond],
+                    Stmt::Copy { at, index, count, .. } => {
+                        at.$iter().chain(index.$iter()).chain([count]).collect()
+                    }
+                    Stmt::Unroll { .. } | Stmt::Barrier | Stmt::Sync | Stmt::Commit | Stmt::Wait(_) => {
+                        Vec::new()
+                    }
+                }
+            }
+
+            /// The blocks inside.
+            pub fn $blocks(&$($mutable)? self) -> Vec<&$($mutable)? $list> {
+                match self {
+                    Stmt::For { body, .. } | Stmt::Unroll { body, .. } | Stmt::Parallel { body, .. } => {
+                        vec![body]
+                    }
+                    Stmt::If { then, otherwise, .. } => vec![then, otherwise],
+                    Stmt::Let { .. }
+                    | Stmt::Reg { .. }
+                    | Stmt::Set { .. }
+                    | Stmt::Store { .. }
+                    | Stmt::Prefetch { .. }
+                    | Stmt::Barrier
+                    | Stmt::Sync
+                    | Stmt::Copy { .. }
+                    | Stmt::Commit
+                    | Stmt::Wait(_) => Vec::new(),
+                }
+            }
+        }
+    };
+}
+
+parts!(operands, exprs, blocks, Vec<Stmt>, iter,);
+parts!(operands_mut, exprs_mut, blocks_mut, Vec<Stmt>, iter_mut, mut);
