@@ -92,7 +92,7 @@ impl Backend {
     pub fn llvm(&self, plan: &Plan, kernels: &[Kernel], taps: bool) -> Result<String, CodegenError> {
         match self {
             Backend::Cpu(level) => Ok(lower::module(plan, kernels, level.features, taps)),
-            Backend::Cuda(_) => nvptx::llvm(kernels),
+            Backend::Cuda(architecture) => nvptx::llvm(kernels, architecture),
         }
     }
 

@@ -23,6 +23,7 @@
 //! changes no bit.
 
 mod threads;
+mod warpgroup;
 
 use ir::dtype::DType;
 use ir::kernel::{Access, Arith, BufferId, Expr, Kernel, RegId, Space, Stmt, Type, VarId};
@@ -221,6 +222,7 @@ pub fn function(kernel: &Kernel, features: Features, needs: &mut BTreeSet<(Unary
             id.0
         );
     }
+    f.make_mbarriers();
     f.stmts(&kernel.body);
     let barrier = kernel.body.iter().any(|s| matches!(s, Stmt::Barrier));
     let params: Vec<String> = kernel
@@ -230,7 +232,10 @@ pub fn function(kernel: &Kernel, features: Features, needs: &mut BTreeSet<(Unary
             let alone = match buffer.space {
                 Space::Global(Access::Read) => " noalias readonly",
                 Space::Global(Access::Write | Access::ReadWrite) if !barrier => " noalias",
-                Space::Global(Access::Write | Access::ReadWrite) | Space::Local | Space::Shared => "",
+                Space::Global(Access::Write | Access::ReadWrite)
+                | Space::Local
+                | Space::Shared
+                | Space::Swizzled => "",
             };
             format!("ptr{alone} %b{}, ", id.0)
         })
@@ -241,8 +246,9 @@ pub fn function(kernel: &Kernel, features: Features, needs: &mut BTreeSet<(Unary
         let (name, symbols, threads) =
             (crate::nvptx::symbol(&kernel.name), symbols.join(", "), kernel.threads);
         // Left alone, ptxas spills a few bytes to fit one CTA more.
-        let registers = (REGISTERS / u32::from(threads)).min(255);
-        let params = format!("{params}{symbols}");
+        let registers = warpgroup::registers(kernel);
+        let comma = if symbols.is_empty() { "" } else { ", " };
+        let params = format!("{params}{symbols}{comma}{}", warpgroup::map_params(kernel));
         let params = params.trim_end_matches(", ");
         return format!(
             "\ndefine ptx_kernel void @{name}({params}) #0 \"nvvm.reqntid\"=\"{threads}\" \"nvvm.maxnreg\"=\"{registers}\" {{\nentry:\n{head}{body}  ret void\n}}\n"
@@ -267,7 +273,11 @@ const REGISTERS: u32 = 1 << 16;
 const SHARED: &str = "@smem";
 
 /// The declaration of [`SHARED`].
-pub(crate) const DECLARE_SHARED: &str = "@smem = external addrspace(3) global [0 x i8], align 128\n";
+pub(crate) fn declare_shared(kernels: &[Kernel]) -> String {
+    // The rows among which chunks are swizzled begin at multiples of 1,024.
+    let swizzled = kernels.iter().flat_map(|k| &k.buffers).any(|b| b.space == Space::Swizzled);
+    format!("{SHARED} = external addrspace(3) global [0 x i8], align {}\n", if swizzled { 1024 } else { 128 })
+}
 
 /// Elements of a buffer of constant shape.
 fn extent(buffer: &ir::kernel::Buffer) -> i64 {
@@ -436,6 +446,7 @@ impl Function<'_> {
             Stmt::Wait(newest) => {
                 self.line(&format!("call void @llvm.nvvm.cp.async.wait.group(i32 {newest})"));
             }
+            Stmt::Warpgroup(stmt) => self.warpgroup(stmt),
         }
     }
 
@@ -525,10 +536,16 @@ impl Function<'_> {
 
     /// The type of a buffer's address.
     fn pointer(&self, buffer: BufferId) -> &'static str {
-        if self.kernel[buffer].space == Space::Shared { "ptr addrspace(3)" } else { "ptr" }
+        match self.kernel[buffer].space {
+            Space::Shared | Space::Swizzled => "ptr addrspace(3)",
+            Space::Global(_) | Space::Local => "ptr",
+        }
     }
 
     fn address(&mut self, buffer: BufferId, index: &[Expr]) -> String {
+        if self.kernel[buffer].space == Space::Swizzled {
+            return self.swizzled_address(buffer, index);
+        }
         self.address_of(buffer, index, "getelementptr inbounds")
     }
 
@@ -555,8 +572,13 @@ impl Function<'_> {
         self.emit(format!("{instruction} {elem}, {pointer} %b{}, {int} {offset}", buffer.0))
     }
 
-    /// The stack slot of a register; its indices are constants by now.
-    fn slot(&mut self, reg: RegId, index: &[Expr]) -> String {
+    /// The stack slot of a register.
+    fn slot(&self, reg: RegId, index: &[Expr]) -> String {
+        format!("%r{}.{}", reg.0, self.slot_number(reg, index))
+    }
+
+    /// The number of a register in its file; its indices are constants by now.
+    fn slot_number(&self, reg: RegId, index: &[Expr]) -> usize {
         let dims = &self.kernel[reg].dims;
         let mut slot = 0;
         for (expr, &dim) in index.iter().zip(dims) {
@@ -564,7 +586,7 @@ impl Function<'_> {
             assert!(0 <= at && at < i64::from(dim), "the verifier checked register indices");
             slot = slot * i64::from(dim) + at;
         }
-        format!("%r{}.{slot}", reg.0)
+        slot as usize
     }
 
     fn constant(&self, expr: &Expr) -> i64 {
@@ -588,6 +610,10 @@ impl Function<'_> {
                 _ => format!("%sym{}", sym.0),
             },
             Expr::Thread => "%thread".to_string(),
+            Expr::Uniform(a) => {
+                let a = self.expr(a);
+                self.emit(format!("call i32 @llvm.nvvm.shfl.sync.idx.i32(i32 -1, i32 {a}, i32 0, i32 31)"))
+            }
             Expr::Var(var) => self.vars[var].clone(),
             Expr::Const { value, ty } => literal(*value, *ty),
             Expr::Reg { reg, index } => {

@@ -2,10 +2,10 @@
 //!
 //! A worker is a CTA; the iterations of `parallel` are dealt out to the CTAs of the grid, so any grid computes the whole. A
 //! kernel's parameters are the addresses of its buffers, then its symbols as 32-bit integers, each in the order of its
-//! text. Its shared memory is dynamic: the launch says how much, as [`ir::kernel::Kernel::shared_bytes`] does.
+//! text, then its tensor maps, 128 bytes each at multiples of 64. Its shared memory is dynamic: the launch says how much, as [`ir::kernel::Kernel::shared_bytes`] does.
 
 use crate::cpu::{CodegenError, Form, PASSES, emit};
-use crate::lower::{DECLARE_SHARED, Features, Pause, ending, function};
+use crate::lower::{Features, Pause, declare_shared, ending, function};
 use inkwell::targets::{InitializationConfig, Target};
 use ir::kernel::{Buffer, Kernel};
 use std::collections::BTreeSet;
@@ -23,6 +23,8 @@ pub struct Architecture {
     pub meaning: &'static str,
     /// Bytes of shared memory that kernels may use: what the least of the GPUs allows that run it.
     pub shared_bytes: usize,
+    /// Has it what [`ir::kernel::warpgroup`] tells of?
+    pub warpgroups: bool,
 }
 
 /// LLVM's name of the machine.
@@ -32,13 +34,24 @@ pub(crate) const TRIPLE: &str = "nvptx64-nvidia-cuda";
 pub const ABI: u32 = 1;
 
 /// Every architecture.
-pub const ARCHITECTURES: [Architecture; 1] = [Architecture {
-    name: "cuda:sm_80",
-    cpu: "sm_80",
-    isa: "+ptx74",
-    meaning: "NVIDIA GPUs from Ampere (2020) on",
-    shared_bytes: 99 << 10,
-}];
+pub const ARCHITECTURES: [Architecture; 2] = [
+    Architecture {
+        name: "cuda:sm_80",
+        cpu: "sm_80",
+        isa: "+ptx74",
+        meaning: "NVIDIA GPUs from Ampere (2020) on",
+        shared_bytes: 99 << 10,
+        warpgroups: false,
+    },
+    Architecture {
+        name: "cuda:sm_90a",
+        cpu: "sm_90a",
+        isa: "+ptx80",
+        meaning: "NVIDIA Hopper GPUs (H100, H200), and no others",
+        shared_bytes: 227 << 10,
+        warpgroups: true,
+    },
+];
 
 /// The architecture of that name.
 pub fn architecture(name: &str) -> Option<&'static Architecture> {
@@ -48,7 +61,7 @@ pub fn architecture(name: &str) -> Option<&'static Architecture> {
 impl Architecture {
     /// What schedules ask.
     pub fn target(&self) -> ir::target::Target {
-        ir::target::Target::gpu(self.name, self.shared_bytes)
+        ir::target::Target::gpu(self.name, self.shared_bytes, self.warpgroups)
     }
 }
 
@@ -62,24 +75,32 @@ pub fn kernel(symbol: &str) -> String {
     symbol.strip_prefix("k_").unwrap_or(symbol).replace('$', ".")
 }
 
-/// Can PTX be made of this kernel?
+/// Can PTX for this architecture be made of this kernel?
 ///
 /// # Errors
 ///
 /// [`CodegenError::Unsupported`], which names what is missing.
-pub fn check(kernel: &Kernel) -> Result<(), CodegenError> {
+pub fn check(kernel: &Kernel, architecture: &Architecture) -> Result<(), CodegenError> {
     let large = |buffer: &&Buffer| {
         let bytes = buffer.span().checked_mul(buffer.dtype.bytes(1) as i64);
         bytes.is_none_or(|bytes| bytes >= 1 << 33) || buffer.span() > i64::from(i32::MAX)
     };
     let what = if kernel.threads == 1 {
         "a worker of one thread".to_string()
+    } else if kernel.needs_warpgroups() && !architecture.warpgroups {
+        "a statement of warpgroups".to_string()
+    } else if kernel.shared_bytes() > architecture.shared_bytes as i64 {
+        format!("{} bytes of shared memory, beyond {},", kernel.shared_bytes(), architecture.shared_bytes)
     } else if let Some(buffer) = kernel.buffers.iter().find(large) {
         format!("%{}, whose indices have more than 32 bits,", buffer.name)
     } else {
         return Ok(());
     };
-    Err(CodegenError::Unsupported { kernel: kernel.name.clone(), target: "a GPU".to_string(), what })
+    Err(CodegenError::Unsupported {
+        kernel: kernel.name.clone(),
+        target: architecture.name.to_string(),
+        what,
+    })
 }
 
 /// PTX of a module's text, in the lowest version of the ISA that has what is used.
@@ -100,11 +121,11 @@ pub fn compile(llvm: &str, architecture: &Architecture) -> Result<String, Codege
 /// # Errors
 ///
 /// As [`check`].
-pub fn llvm(kernels: &[Kernel]) -> Result<String, CodegenError> {
-    let mut text = String::from(DECLARE_SHARED);
+pub fn llvm(kernels: &[Kernel], architecture: &Architecture) -> Result<String, CodegenError> {
+    let mut text = declare_shared(kernels);
     let mut needs = BTreeSet::new();
     for kernel in kernels {
-        check(kernel)?;
+        check(kernel, architecture)?;
         text += &function(kernel, Features { bf16: true, pause: Pause::Grid }, &mut needs);
     }
     Ok(text + &ending(needs))

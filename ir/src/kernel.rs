@@ -14,7 +14,7 @@
 //!   (`shuffle`), load matrices (`matrix`) and multiply them (`mma`). `copy` fetches memory in the background: `commit` ends a
 //!   group of copies, `wait n` waits until all but the newest `n` groups of this thread have arrived, and a `sync` behind it
 //!   lets the others see them. What must be done by all threads of a warp or CTA together may not stand where some of them
-//!   do not come.
+//!   do not come. What only warpgroups of later GPUs do is told in [`warpgroup`].
 //!
 //! ```text
 //! kernel @l0.down : dot, schedule "mr 1, nr 4" (T in 1..1) {
@@ -38,11 +38,13 @@ mod parts;
 pub mod print;
 pub mod reads;
 pub mod verify;
+pub mod warpgroup;
 
 use crate::dim::{Dim, Sym, Symbols};
 use crate::dtype::DType;
 use crate::graph::Family;
 use crate::op::{Compare, Reduction, Unary};
+use warpgroup::{MapId, MbarrierId, Mbarriers, TensorMap, Warpgroup};
 
 /// Lanes of the vectors that families use: 64 bytes of f32. Targets with narrower registers use several, so the order
 /// of a sum is the same on all.
@@ -78,6 +80,10 @@ pub struct Kernel {
     pub symbols: Symbols,
     /// Parameters in calling order, then locals.
     pub buffers: Vec<Buffer>,
+    /// Mbarriers in shared memory, behind the buffers there.
+    pub mbarriers: Vec<Mbarriers>,
+    /// Tensor maps: parameters too, behind the symbols.
+    pub maps: Vec<TensorMap>,
     /// Names and types of values.
     pub vars: Vec<Var>,
     /// Names, types and extents of register files.
@@ -95,6 +101,8 @@ pub enum Space {
     Local,
     /// One copy a worker, seen by all its threads, undefined at first. Text: `shared`.
     Shared,
+    /// Shared memory in rows of 128 bytes whose chunks are swizzled, as [`warpgroup`] says. Text: `swizzled`.
+    Swizzled,
 }
 
 /// What a kernel may do to a parameter.
@@ -296,6 +304,8 @@ pub enum Expr {
     Sym(Sym),
     /// The number of the thread in its worker; an index. Text: `thread`.
     Thread,
+    /// An index that is the same in the whole warp, as its first lane has it: `uniform(thread / 128)`. (PTX `shfl.sync.idx`.)
+    Uniform(Box<Expr>),
     /// A named value.
     Var(VarId),
     /// A literal in every lane: `f32x16(0.0)`.
@@ -504,6 +514,8 @@ pub enum Stmt {
     Commit,
     /// Waits until all groups of this thread but the newest so many have arrived.
     Wait(u16),
+    /// What only warpgroups do.
+    Warpgroup(Warpgroup),
 }
 
 impl std::ops::Index<BufferId> for Kernel {
@@ -527,6 +539,20 @@ impl std::ops::Index<VarId> for Kernel {
     }
 }
 
+impl std::ops::Index<MbarrierId> for Kernel {
+    type Output = Mbarriers;
+    fn index(&self, id: MbarrierId) -> &Mbarriers {
+        &self.mbarriers[id.0 as usize]
+    }
+}
+
+impl std::ops::Index<MapId> for Kernel {
+    type Output = TensorMap;
+    fn index(&self, id: MapId) -> &TensorMap {
+        &self.maps[id.0 as usize]
+    }
+}
+
 impl Kernel {
     /// The parameters, in calling order.
     pub fn params(&self) -> impl Iterator<Item = (BufferId, &Buffer)> {
@@ -534,31 +560,61 @@ impl Kernel {
         ids.filter(|(_, buffer)| matches!(buffer.space, Space::Global(_)))
     }
 
-    /// Where each shared buffer begins in a worker's shared memory: bytes, multiples of 128, in the order of the buffers.
+    /// Where each shared buffer begins in a worker's shared memory: bytes, in the order of the buffers, multiples of 128, of
+    /// swizzled ones of 1,024.
     pub fn shared_offsets(&self) -> impl Iterator<Item = (BufferId, i64)> {
-        let shared = (0..).map(BufferId).zip(&self.buffers).filter(|(_, b)| b.space == Space::Shared);
-        shared.scan(0, |end, (id, buffer)| {
-            let begin = *end;
-            *end += (buffer.span() * buffer.dtype.bytes(1) as i64 + 127) / 128 * 128;
+        let shared = |(_, b): &(BufferId, &Buffer)| matches!(b.space, Space::Shared | Space::Swizzled);
+        let shared = (0..).map(BufferId).zip(&self.buffers).filter(shared);
+        shared.scan(0i64, |end, (id, buffer)| {
+            let align = if buffer.space == Space::Swizzled { 1024 } else { 128 };
+            let begin = (*end + align - 1) / align * align;
+            *end = self.shared_end(id, begin);
             Some((id, begin))
         })
     }
 
+    /// Where a shared buffer ends that begins at `begin`.
+    fn shared_end(&self, id: BufferId, begin: i64) -> i64 {
+        begin + (self[id].span() * self[id].dtype.bytes(1) as i64 + 127) / 128 * 128
+    }
+
+    /// Where mbarriers begin in a worker's shared memory: 8 bytes each, behind the buffers.
+    pub fn mbarrier_offset(&self, id: MbarrierId) -> i64 {
+        let buffers = self.shared_offsets().last().map_or(0, |(id, begin)| self.shared_end(id, begin));
+        let before = self.mbarriers.iter().take(id.0 as usize);
+        buffers + before.map(|m| 8 * i64::from(m.count)).sum::<i64>()
+    }
+
     /// Bytes of shared memory that a worker needs.
     pub fn shared_bytes(&self) -> i64 {
-        let last = self.shared_offsets().last();
-        last.map_or(0, |(id, begin)| {
-            begin + (self[id].span() * self[id].dtype.bytes(1) as i64 + 127) / 128 * 128
-        })
+        self.mbarrier_offset(MbarrierId(self.mbarriers.len() as u32))
+    }
+
+    /// Is something in it that only warpgroups do?
+    pub fn needs_warpgroups(&self) -> bool {
+        fn any(block: &[Stmt]) -> bool {
+            block
+                .iter()
+                .any(|stmt| matches!(stmt, Stmt::Warpgroup(_)) || stmt.blocks().into_iter().any(|b| any(b)))
+        }
+        !self.mbarriers.is_empty() || !self.maps.is_empty() || any(&self.body)
     }
 
     /// The most turns that a `parallel` loop of this kernel has: workers beyond that have nothing to do. 1 if it cannot be said.
     pub fn turns(&self, symbols: &[i64; crate::dim::MAX_SYMBOLS]) -> i64 {
-        let counts = self.body.iter().filter_map(|stmt| match stmt {
+        self.most_turns(&self.body, symbols).max(1)
+    }
+
+    fn most_turns(&self, block: &[Stmt], symbols: &[i64; crate::dim::MAX_SYMBOLS]) -> i64 {
+        let counts = block.iter().filter_map(|stmt| match stmt {
             Stmt::Parallel { count, .. } => Some(self.value_of(count, symbols).unwrap_or(1)),
+            // Groups of threads with work of their own.
+            Stmt::If { then, otherwise, .. } => {
+                Some(self.most_turns(then, symbols).max(self.most_turns(otherwise, symbols)))
+            }
             _ => None,
         });
-        counts.max().unwrap_or(1).max(1)
+        counts.max().unwrap_or(0)
     }
 
     /// What an index made of numbers and symbols is.
@@ -574,7 +630,7 @@ impl Kernel {
     /// The type of an expression of this kernel, as its parts say; the verifier checks that they fit.
     pub fn type_of(&self, expr: &Expr) -> Type {
         match expr {
-            Expr::Int(_) | Expr::Sym(_) | Expr::Thread | Expr::Index(_) => Type::Index,
+            Expr::Int(_) | Expr::Sym(_) | Expr::Thread | Expr::Uniform(_) | Expr::Index(_) => Type::Index,
             Expr::Var(var) => self[*var].ty,
             Expr::Const { ty, .. } => *ty,
             Expr::Reg { reg, .. } => self[*reg].ty,
@@ -690,6 +746,11 @@ impl Expr {
         Expr::Cast { value: Box::new(self), dtype }
     }
 
+    /// The same in the whole warp. See [`Expr::Uniform`].
+    pub fn uniform(self) -> Expr {
+        Expr::Uniform(Box::new(self))
+    }
+
     /// An i32 scalar as an index.
     pub fn index(self) -> Expr {
         Expr::Index(Box::new(self))
@@ -783,6 +844,8 @@ impl Builder {
             threads: 1,
             symbols,
             buffers: Vec::new(),
+            mbarriers: Vec::new(),
+            maps: Vec::new(),
             vars: Vec::new(),
             regs: Vec::new(),
             body: Vec::new(),
@@ -807,6 +870,8 @@ impl Builder {
             self.kernel.vars.iter().any(|v| v.name == n)
                 || self.kernel.regs.iter().any(|r| r.name == n)
                 || self.kernel.buffers.iter().any(|b| b.name == n)
+                || self.kernel.mbarriers.iter().any(|m| m.name == n)
+                || self.kernel.maps.iter().any(|m| m.name == n)
         };
         if !taken(name) {
             return name.to_string();
@@ -901,6 +966,12 @@ impl Builder {
             strides[axis] = inner as i64;
         }
         self.buffer(name, Space::Shared, dtype, &dims, Some(strides))
+    }
+
+    /// Adds swizzled memory: `[..., panel, row, column]` with rows of 128 bytes.
+    pub fn swizzled(&mut self, name: &str, dtype: DType, shape: &[usize]) -> BufferId {
+        let shape: Vec<Dim> = shape.iter().map(|&n| n.into()).collect();
+        self.buffer(name, Space::Swizzled, dtype, &shape, None)
     }
 
     /// Names a value.

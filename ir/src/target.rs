@@ -39,6 +39,8 @@ impl Vectors {
 pub struct Gpu {
     /// Bytes of shared memory that a CTA may use.
     pub shared_bytes: usize,
+    /// Has it tensor maps, mbarriers and products of warpgroups?
+    pub warpgroups: bool,
 }
 
 impl Target {
@@ -48,7 +50,7 @@ impl Target {
     }
 
     /// A GPU.
-    pub fn gpu(name: &str, shared_bytes: usize) -> Target {
-        Target { name: name.to_string(), machine: Machine::Gpu(Gpu { shared_bytes }) }
+    pub fn gpu(name: &str, shared_bytes: usize, warpgroups: bool) -> Target {
+        Target { name: name.to_string(), machine: Machine::Gpu(Gpu { shared_bytes, warpgroups }) }
     }
 }

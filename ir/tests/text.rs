@@ -135,7 +135,8 @@ fn cpu() -> Target {
 /// What a text says behind ` on `.
 fn of_name(machine: &str) -> Result<Target, Failed> {
     match machine.trim() {
-        name @ "cuda:sm_80" => Ok(Target::gpu(name, 99 << 10)),
+        name @ "cuda:sm_80" => Ok(Target::gpu(name, 99 << 10, false)),
+        name @ "cuda:sm_90a" => Ok(Target::gpu(name, 227 << 10, true)),
         other => Err(format!("there is no machine `{other}`").into()),
     }
 }

@@ -249,7 +249,7 @@ impl Emulated {
         let numbered =
             |(number, kernel): (usize, &Kernel)| Kernel { name: number.to_string(), ..kernel.clone() };
         let named: Vec<Kernel> = kernels.iter().enumerate().map(numbered).collect();
-        let ptx = nvptx::compile(&nvptx::llvm(&named)?, architecture)?;
+        let ptx = nvptx::compile(&nvptx::llvm(&named, architecture)?, architecture)?;
         let sm = architecture.cpu.parse().expect("the emulator knows every architecture");
         Ok(Emulated::of_ptx(&ptx, kernels.len(), sm)?)
     }

@@ -75,7 +75,7 @@ fn text(name: &str, folder: &str, file: &Path) -> Checked<()> {
     let target = of("target: ").ok_or("no `// target: `")?;
     let code = if folder == "ptx" {
         let gpu = nvptx::architecture(target).ok_or("no GPU of that name")?;
-        let ptx = |kernels: &[Kernel]| nvptx::compile(&nvptx::llvm(kernels)?, gpu);
+        let ptx = |kernels: &[Kernel]| nvptx::compile(&nvptx::llvm(kernels, gpu)?, gpu);
         match (ptx(&kernels(&text, &gpu.target())?), of("refused: ")) {
             (Ok(ptx), None) => {
                 read(&ptx)?;
@@ -404,7 +404,7 @@ const GPU: &Architecture = &ARCHITECTURES[0];
 
 /// A module of kernels, which is read.
 fn ptx(kernels: &[Kernel]) -> Checked<String> {
-    let ptx = nvptx::compile(&nvptx::llvm(kernels)?, GPU)?;
+    let ptx = nvptx::compile(&nvptx::llvm(kernels, GPU)?, GPU)?;
     read(&ptx)?;
     Ok(ptx)
 }

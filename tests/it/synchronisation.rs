@@ -52,7 +52,7 @@ fn deletions(name: &'static str) -> Checked<()> {
         let schedule = subject.schedules(group, &target)?.swap_remove(0);
         let lowered = subject.lower(group, &schedule, &target)?;
         let kernel = Kernel { name: "0".to_string(), ..lowered.kernel.clone() };
-        let ptx = nvptx::compile(&nvptx::llvm(&[kernel])?, architecture)?;
+        let ptx = nvptx::compile(&nvptx::llvm(&[kernel], architecture)?, architecture)?;
         let run = |ptx: &str| -> Checked<Result<(), LaunchError>> {
             let mut device = Device::Emulated(Box::new(Emulated::of_ptx(ptx, 1, Sm::Sm80)?));
             Ok(results(&subject, group, (0, &lowered), &mut device, (&symbols, &tensors)).map(drop))

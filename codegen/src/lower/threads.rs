@@ -77,6 +77,7 @@ impl Function<'_> {
                     Arith::Div => 1,
                 }
             }
+            Expr::Uniform(a) => self.multiple(a),
             Expr::Select(_, a, b) => gcd(self.multiple(a), self.multiple(b)),
             _ => 1,
         }

@@ -9,6 +9,8 @@
 pub mod flash;
 pub mod gemm;
 pub mod gemv;
+pub mod hopper;
+mod softmax;
 
 use super::access::Lowering;
 use super::{GroupView, LowerError, Lowered, dot, elementwise, rowwise, sample};
@@ -20,6 +22,12 @@ use crate::target::Gpu;
 /// Warps of a CTA whose warps do a row each.
 const ROWS: usize = 4;
 
+/// Rows of a step up to which warps multiply for themselves, even where warpgroups could.
+const FEW_ROWS: i64 = 16;
+
+/// How the text of a schedule of warpgroups begins.
+const BY_GROUPS: &str = "consumers";
+
 /// The legal space of a group, the preferred first.
 ///
 /// # Errors
@@ -28,10 +36,23 @@ const ROWS: usize = 4;
 pub fn schedules(view: &GroupView<'_>, gpu: &Gpu) -> Result<Vec<String>, LowerError> {
     match view.family() {
         Family::Dot if is_one_row(&dot::analyse(view)?.m) => Ok(gemv::schedules()),
-        Family::Dot => gemm::schedules(view, gpu),
-        Family::Attention => flash::schedules(view, gpu),
+        Family::Dot => {
+            let by_groups = if gpu.warpgroups { hopper::gemm::schedules(view, gpu)? } else { Vec::new() };
+            Ok(by_preference(view, gemm::schedules(view, gpu)?, by_groups))
+        }
+        Family::Attention => {
+            let by_groups = if gpu.warpgroups { hopper::flash::schedules(view, gpu)? } else { Vec::new() };
+            Ok(by_preference(view, flash::schedules(view, gpu)?, by_groups))
+        }
         Family::Rowwise | Family::Elementwise | Family::Gather | Family::Sample => Ok(vec![String::new()]),
     }
+}
+
+/// Schedules of warps that multiply for themselves, and of warpgroups. Few rows are bound by reading weights and keys, which more
+/// and smaller CTAs do better.
+fn by_preference(view: &GroupView<'_>, by_warps: Vec<String>, by_groups: Vec<String>) -> Vec<String> {
+    let few = view.graph.symbols.max()[0] <= FEW_ROWS;
+    if few { [by_warps, by_groups].concat() } else { [by_groups, by_warps].concat() }
 }
 
 /// The kernel of a group.
@@ -50,8 +71,14 @@ pub fn lower(view: &GroupView<'_>, gpu: &Gpu) -> Result<Lowered, LowerError> {
             let group = dot::analyse(view)?;
             match is_one_row(&group.m) {
                 true => gemv::lower(view, &group, gemv::Schedule::parse(&text).map_err(wrong)?),
+                false if text.starts_with(BY_GROUPS) => {
+                    hopper::gemm::lower(view, &group, hopper::gemm::Schedule::parse(&text).map_err(wrong)?)
+                }
                 false => gemm::lower(view, &group, gemm::Schedule::parse(&text).map_err(wrong)?),
             }
+        }
+        Family::Attention if text.starts_with(BY_GROUPS) => {
+            hopper::flash::lower(view, hopper::flash::Schedule::parse(&text).map_err(wrong)?, gpu)
         }
         Family::Attention => flash::lower(view, flash::Schedule::parse(&text).map_err(wrong)?),
         Family::Rowwise => rowwise::lower(Lowering::of_warps(view, ROWS)),

@@ -335,7 +335,7 @@ pub fn run(
         let content = match buffer.space {
             Space::Global(_) => next_param.next().expect("counted above"),
             Space::Local => next_local.next().expect("made above"),
-            Space::Shared => unreachable!("refused above"),
+            Space::Shared | Space::Swizzled => unreachable!("refused above"),
         };
         let KBuffer { dtype, shape, strides, elems } = &mut *content;
         if *dtype != buffer.dtype || *shape != extents(buffer, symbols) || *strides != buffer.strides {
@@ -502,7 +502,9 @@ impl Machine<'_> {
                 (self.now, self.outside) = (self.workers.len(), self.workers.len());
                 self.workers.push(None);
             }
-            Stmt::Sync | Stmt::Copy { .. } | Stmt::Commit | Stmt::Wait(_) => unreachable!("refused above"),
+            Stmt::Sync | Stmt::Copy { .. } | Stmt::Commit | Stmt::Wait(_) | Stmt::Warpgroup(_) => {
+                unreachable!("refused above")
+            }
         }
         Ok(())
     }
@@ -760,9 +762,12 @@ impl Machine<'_> {
                 (Value::Ints(a), Value::Ints(b)) => Value::Ints([a, b].concat()),
                 _ => unreachable!("two vectors of one dtype, as verified"),
             },
-            Expr::Thread | Expr::Exp2(_) | Expr::Shuffle { .. } | Expr::Matrix { .. } | Expr::Mma(..) => {
-                unreachable!("refused above")
-            }
+            Expr::Thread
+            | Expr::Uniform(_)
+            | Expr::Exp2(_)
+            | Expr::Shuffle { .. }
+            | Expr::Matrix { .. }
+            | Expr::Mma(..) => unreachable!("refused above"),
             Expr::DotBf16(acc, a, b) => {
                 let (mut acc, a, b) = (self.floats(acc)?, self.floats(a)?, self.floats(b)?);
                 self.stats.flops += 4 * acc.len() as u64;

@@ -5,7 +5,10 @@
 //! it is used, is the verifier's question. It never panics, and its recursion is bounded by [`MAX_NESTING`] and
 //! [`MAX_BLOCKS`], the height of its trees by [`MAX_NODES`] too.
 
+mod warpgroup;
+
 use super::verify::{MAX_BLOCKS, MAX_NESTING, MAX_NODES};
+use super::warpgroup::{MapId, MbarrierId};
 use super::{
     Access, Arith, Buffer, BufferId, Expr, Kernel, RegFile, RegId, Space, Stmt, Type, Var, VarId,
     row_major_checked,
@@ -128,6 +131,8 @@ fn empty() -> Kernel {
         threads: 1,
         symbols: Symbols::default(),
         buffers: Vec::new(),
+        mbarriers: Vec::new(),
+        maps: Vec::new(),
         vars: Vec::new(),
         regs: Vec::new(),
         body: Vec::new(),
@@ -173,7 +178,7 @@ struct Place {
 }
 
 /// Longest first: `..` is not two dots.
-const SIGNS: [&str; 15] = ["..", "{", "}", "(", ")", "[", "]", ",", ":", "=", "+", "-", "*", "/", "%"];
+const SIGNS: [&str; 16] = ["..", "+=", "{", "}", "(", ")", "[", "]", ",", ":", "=", "+", "-", "*", "/", "%"];
 
 fn lex(text: &str) -> Result<Vec<Place>> {
     let mut tokens = Vec::new();
@@ -295,6 +300,8 @@ enum Named {
     Buffer(BufferId),
     Var(VarId),
     Reg(RegId),
+    Mbarriers(MbarrierId),
+    Map(MapId),
 }
 
 struct Parser {
@@ -425,7 +432,7 @@ impl Parser {
         let name = self.value_name()?;
         match self.resolve(&name)? {
             Named::Buffer(buffer) => Ok(buffer),
-            Named::Var(_) | Named::Reg(_) => self.not_a(name, "buffer"),
+            Named::Var(_) | Named::Reg(_) | Named::Mbarriers(_) | Named::Map(_) => self.not_a(name, "buffer"),
         }
     }
 
@@ -467,6 +474,12 @@ impl Parser {
                 self.declaration(Some(Space::Local))?;
             } else if self.found_word("shared") {
                 self.declaration(Some(Space::Shared))?;
+            } else if self.found_word("swizzled") {
+                self.declaration(Some(Space::Swizzled))?;
+            } else if self.found_word("mbarrier") {
+                self.mbarriers()?;
+            } else if self.found_word("map") {
+                self.map()?;
             } else {
                 break;
             }
@@ -692,10 +705,13 @@ impl Parser {
             }
             "commit" => Ok(Stmt::Commit),
             "wait" => Ok(Stmt::Wait(self.small()?)),
-            _ => {
-                self.at -= 1;
-                self.expected("a statement or `}`")
-            }
+            _ => match self.warpgroup(&word)? {
+                Some(stmt) => Ok(Stmt::Warpgroup(stmt)),
+                None => {
+                    self.at -= 1;
+                    self.expected("a statement or `}`")
+                }
+            },
         }
     }
 
@@ -795,6 +811,7 @@ impl Parser {
                         Ok(Expr::Reg { reg, index })
                     }
                     Named::Buffer(_) => self.not_a(name, "value; elements are read by `load`"),
+                    Named::Mbarriers(_) | Named::Map(_) => self.not_a(name, "value"),
                 }
             }
             Token::Word(word) => {
@@ -882,6 +899,7 @@ impl Parser {
                     Expr::DotBf16(acc, a, b)
                 }
                 "exp2" => Expr::Exp2(self.operand()?),
+                "uniform" => Expr::Uniform(self.operand()?),
                 "join" => {
                     let (a, b) = self.two()?;
                     Expr::Join(a, b)

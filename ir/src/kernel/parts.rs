@@ -1,5 +1,6 @@
 //! What statements and expressions are made of, for whoever walks through a kernel.
 
+use super::warpgroup::{Left, Warpgroup};
 use super::{Expr, Stmt};
 
 /// The parts of a thing, by shared or by exclusive reference: the same matches serve both.
@@ -21,6 +22,7 @@ macro_rules! parts {
                     | Expr::DotBf16(a, b, c)
                     | Expr::Mma(a, b, c) => vec![a, b, c],
                     Expr::Unary(_, a)
+                    | Expr::Uniform(a)
                     | Expr::Splat { value: a, .. }
                     | Expr::Lanes { value: a, .. }
                     | Expr::Cast { value: a, .. }
@@ -51,6 +53,7 @@ macro_rules! parts {
                     Stmt::Copy { at, index, count, .. } => {
                         at.$iter().chain(index.$iter()).chain([count]).collect()
                     }
+                    Stmt::Warpgroup(stmt) => stmt.$exprs(),
                     Stmt::Unroll { .. } | Stmt::Barrier | Stmt::Sync | Stmt::Commit | Stmt::Wait(_) => {
                         Vec::new()
                     }
@@ -73,7 +76,34 @@ macro_rules! parts {
                     | Stmt::Sync
                     | Stmt::Copy { .. }
                     | Stmt::Commit
-                    | Stmt::Wait(_) => Vec::new(),
+                    | Stmt::Wait(_)
+                    | Stmt::Warpgroup(_) => Vec::new(),
+                }
+            }
+        }
+
+        impl Warpgroup {
+            /// Its expressions, in the order of its text.
+            pub fn $exprs(&$($mutable)? self) -> Vec<&$($mutable)? Expr> {
+                match self {
+                    Warpgroup::Meet { id, .. } | Warpgroup::Pass { id, .. } => vec![id],
+                    Warpgroup::Expect { at, .. } | Warpgroup::Arrive(at) => vec![&$($mutable)? at.1],
+                    Warpgroup::Await { at, parity } => vec![&$($mutable)? at.1, parity],
+                    Warpgroup::Fetch { place, index, at, .. } => {
+                        place.$iter().chain(index.$iter()).chain([&$($mutable)? at.1]).collect()
+                    }
+                    Warpgroup::Product { index, left, place, .. } => {
+                        let left = match left {
+                            Left::Shared(_, index) => index.$iter().collect(),
+                            Left::Registers(value) => vec![value],
+                        };
+                        index.$iter().chain(left).chain(place.$iter()).collect()
+                    }
+                    Warpgroup::Retire { after, .. } => after.$iter().collect(),
+                    Warpgroup::Registers(_)
+                    | Warpgroup::FenceRegisters
+                    | Warpgroup::FenceAsync
+                    | Warpgroup::Close => Vec::new(),
                 }
             }
         }

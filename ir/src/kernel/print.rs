@@ -3,6 +3,7 @@
 //! Arithmetic is infix; parentheses stand only where another tree would be read without them. Strides are printed
 //! where they are not row-major, `step` where it is not 1.
 
+use super::warpgroup::{Left, MapId, MbarrierAt, Mbarriers, TensorMap, Warpgroup};
 use super::{
     Arith, Buffer, BufferId, Expr, Kernel, RegFile, RegId, Space, Stmt, Type, VarId, row_major_checked,
 };
@@ -22,6 +23,12 @@ impl Display for Kernel {
         for buffer in &self.buffers {
             writeln!(f, "  {}", declaration(self, buffer))?;
         }
+        for row in &self.mbarriers {
+            writeln!(f, "  {}", mbarriers(row))?;
+        }
+        for tensor in &self.maps {
+            writeln!(f, "  {}", map(self, tensor))?;
+        }
         let mut body = String::new();
         block(self, &self.body, 1, &mut body);
         f.write_str(&body)?;
@@ -35,10 +42,11 @@ pub fn declaration(kernel: &Kernel, buffer: &Buffer) -> String {
         Space::Global(_) => "param",
         Space::Local => "local",
         Space::Shared => "shared",
+        Space::Swizzled => "swizzled",
     };
     let access = match buffer.space {
         Space::Global(access) => format!("{} ", access.name()),
-        Space::Local | Space::Shared => String::new(),
+        Space::Local | Space::Shared | Space::Swizzled => String::new(),
     };
     let shape: Vec<String> = buffer.shape.iter().map(|&dim| kernel.symbols.show(dim)).collect();
     let mut text = format!("{kind} %{} : {access}{}[{}]", buffer.name, buffer.dtype, shape.join(", "));
@@ -47,6 +55,20 @@ pub fn declaration(kernel: &Kernel, buffer: &Buffer) -> String {
         text += &format!(" strides [{}]", strides.join(", "));
     }
     text
+}
+
+/// The line that declares mbarriers: `mbarrier %full[4] of 1`.
+pub fn mbarriers(row: &Mbarriers) -> String {
+    format!("mbarrier %{}[{}] of {}", row.name, row.count, row.arrivals)
+}
+
+/// The line that declares a tensor map: `map %tiles : %x[128, 64]`.
+pub fn map(kernel: &Kernel, map: &TensorMap) -> String {
+    let TensorMap { name, buffer, extents } = map;
+    format!(
+        "map %{name} : {}{extents:?}",
+        named(kernel.buffers.get(buffer.0 as usize).map(|b| &b.name), buffer.0)
+    )
 }
 
 /// The first line of a statement, without the brace that opens its body.
@@ -85,6 +107,49 @@ pub fn head(kernel: &Kernel, stmt: &Stmt) -> String {
         }
         Stmt::Commit => "commit".to_string(),
         Stmt::Wait(newest) => format!("wait {newest}"),
+        Stmt::Warpgroup(stmt) => warpgroup(kernel, stmt),
+    }
+}
+
+fn warpgroup(kernel: &Kernel, stmt: &Warpgroup) -> String {
+    let of = |value: &Expr| expr(kernel, value);
+    let slot = |at: &MbarrierAt| {
+        let name = named(kernel.mbarriers.get(at.0.0 as usize).map(|m| &m.name), at.0.0);
+        format!("{name}[{}]", of(&at.1))
+    };
+    match stmt {
+        Warpgroup::Registers(count) => format!("registers {count}"),
+        Warpgroup::Meet { id, threads } => format!("meet {}, {threads}", of(id)),
+        Warpgroup::Pass { id, threads } => format!("pass {}, {threads}", of(id)),
+        Warpgroup::Expect { at, bytes } => format!("expect {}, {bytes}", slot(at)),
+        Warpgroup::Arrive(at) => format!("arrive {}", slot(at)),
+        Warpgroup::Await { at, parity } => format!("await {}, {}", slot(at), of(parity)),
+        Warpgroup::Fetch { to, place, map: MapId(id), index, at } => {
+            let map = named(kernel.maps.get(*id as usize).map(|m| &m.name), *id);
+            let (to, index) = (element(kernel, *to, place), list(kernel, index));
+            format!("fetch {to} = {map}[{index}], {}", slot(at))
+        }
+        Warpgroup::FenceRegisters => "fence registers".to_string(),
+        Warpgroup::FenceAsync => "fence async".to_string(),
+        Warpgroup::Product { sums, index, add, left, right, place, trans } => {
+            let word = if *trans { "product.t" } else { "product" };
+            let sign = if *add { "+=" } else { "=" };
+            let left = match left {
+                Left::Shared(buffer, index) => element(kernel, *buffer, index),
+                Left::Registers(value) => of(value),
+            };
+            let (sums, right) = (register(kernel, *sums, index), element(kernel, *right, place));
+            format!("{word} {sums} {sign} {left}, {right}")
+        }
+        Warpgroup::Close => "close".to_string(),
+        Warpgroup::Retire { newest, sums, after } => {
+            let sums: String = sums.iter().map(|&reg| format!(", {}", reg_name(kernel, reg))).collect();
+            let after = match after.is_empty() {
+                true => String::new(),
+                false => format!(" after [{}]", list(kernel, after)),
+            };
+            format!("retire {newest}{sums}{after}")
+        }
     }
 }
 
@@ -101,6 +166,7 @@ pub fn expr(kernel: &Kernel, value: &Expr) -> String {
             None => format!("?{}", sym.0),
         },
         Expr::Thread => "thread".to_string(),
+        Expr::Uniform(a) => call("uniform", &[a]),
         Expr::Var(var) => var_name(kernel, *var),
         Expr::Const { value, ty } => format!("{ty}({})", number(*value, *ty)),
         Expr::Reg { reg, index } => register(kernel, *reg, index),
@@ -171,7 +237,8 @@ fn block(kernel: &Kernel, stmts: &[Stmt], depth: usize, out: &mut String) {
             | Stmt::Sync
             | Stmt::Copy { .. }
             | Stmt::Commit
-            | Stmt::Wait(_) => {}
+            | Stmt::Wait(_)
+            | Stmt::Warpgroup(_) => {}
         }
         out.push('\n');
     }

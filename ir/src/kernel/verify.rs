@@ -26,9 +26,14 @@
 //!    and `barrier` are for one. `shuffle` takes f32 or i32 and a mask of 1 to 31; `matrix` 1, 2 or 4 matrices of a shared
 //!    buffer with elements of two bytes; `mma` f32x4, bf16x8 and bf16x4, or f16; `copy` 16 bytes of a param to shared memory
 //!    of its dtype.
-//! 9. **Size**: [`MAX_NODES`], [`MAX_NESTING`], [`MAX_BLOCKS`], [`MAX_REGISTERS`], [`MAX_LOCAL_BYTES`].
+//! 9. **Warpgroups**: swizzled memory, mbarriers, maps and the statements of [`super::warpgroup`] are for whole warpgroups; what is
+//!    constant in them is in range. There `parallel` may stand in an `if` of the outermost block, and a worker of many threads
+//!    may count in an index register over the iterations that it does.
+//! 10. **Size**: [`MAX_NODES`], [`MAX_NESTING`], [`MAX_BLOCKS`], [`MAX_REGISTERS`], [`MAX_LOCAL_BYTES`].
 //!
 //! Cost: as much as unrolling, for each copy is checked with its constants.
+
+mod warpgroup;
 
 use super::parse::{is_name, is_word};
 use super::print;
@@ -142,6 +147,50 @@ pub enum Rule {
     /// Not one, two or four.
     #[error("{0} matrices; 1, 2 or 4 are loaded at once")]
     Matrices(u16),
+    /// Threads that are no whole warpgroups.
+    #[error("{0} threads; warpgroups are of 128")]
+    Warpgroups(u16),
+    /// Swizzled memory of another form.
+    #[error("`%{0}`: swizzled memory has three axes or more, rows of 128 bytes and no strides")]
+    Swizzled(String),
+    /// A box that no copy fetches.
+    #[error("`%{name}`: {what}")]
+    Map {
+        /// The map.
+        name: String,
+        /// What is wrong with it.
+        what: &'static str,
+    },
+    /// A number that cannot be.
+    #[error("{found} {what}; there may be {least} to {most}")]
+    Range {
+        /// Of what.
+        what: &'static str,
+        /// The number.
+        found: i64,
+        /// The least that can be.
+        least: i64,
+        /// The most.
+        most: i64,
+    },
+    /// A constant that is no multiple.
+    #[error("{what} is {found}, which must be a multiple of {of}")]
+    Multiple {
+        /// What.
+        what: &'static str,
+        /// The number.
+        found: i64,
+        /// Of what it must be a multiple.
+        of: i64,
+    },
+    /// A product of more columns than its right operand has.
+    #[error("{columns} columns of sums; the right operand has {has}")]
+    Columns {
+        /// Of the sums.
+        columns: i64,
+        /// Of the operand.
+        has: i64,
+    },
     /// Not the space that an operation is for.
     #[error("`%{name}` is not in {expected} memory")]
     Space {
@@ -271,6 +320,7 @@ pub fn verify(kernel: &Kernel) -> Result<(), Box<VerifyError>> {
         regs: vec![None; kernel.regs.len()],
         depth: 0,
         in_parallel: false,
+        in_loop: false,
         under_if: false,
         copies: 1,
     };
@@ -282,7 +332,19 @@ fn rule<T>(rule: Rule) -> Checked<T> {
 }
 
 fn names(kernel: &Kernel) -> Checked<()> {
-    let Kernel { name, symbols, buffers, vars, regs, family: _, schedule: _, threads: _, body: _ } = kernel;
+    let Kernel {
+        name,
+        symbols,
+        buffers,
+        mbarriers,
+        maps,
+        vars,
+        regs,
+        family: _,
+        schedule: _,
+        threads: _,
+        body: _,
+    } = kernel;
     if symbols.0.len() > MAX_SYMBOLS {
         return rule(Rule::Symbols);
     }
@@ -300,7 +362,8 @@ fn names(kernel: &Kernel) -> Checked<()> {
     }
     seen.clear();
     let values = vars.iter().map(|v| &v.name).chain(regs.iter().map(|r| &r.name));
-    for value in buffers.iter().map(|b| &b.name).chain(values) {
+    let shared = mbarriers.iter().map(|m| &m.name).chain(maps.iter().map(|m| &m.name));
+    for value in buffers.iter().map(|b| &b.name).chain(shared).chain(values) {
         if !is_name(value) {
             return rule(Rule::Name(value.clone()));
         }
@@ -321,9 +384,10 @@ fn threads(kernel: &Kernel) -> Checked<()> {
         match buffer.space {
             Space::Local if many => return rule(Rule::ManyThreads("local memory")),
             Space::Shared if !many => return rule(Rule::OneThread("shared memory")),
-            Space::Global(_) | Space::Local | Space::Shared => {}
+            Space::Global(_) | Space::Local | Space::Shared | Space::Swizzled => {}
         }
     }
+    warpgroup::declarations(kernel)?;
     let bytes = kernel.shared_bytes();
     if bytes > MAX_SHARED_BYTES { rule(Rule::SharedBytes(bytes)) } else { Ok(()) }
 }
@@ -344,7 +408,7 @@ fn check_buffer(kernel: &Kernel, buffer: &Buffer) -> Checked<()> {
         let known = dim.coef.iter().skip(kernel.symbols.0.len()).all(|&c| c == 0);
         match extent_range(kernel, dim) {
             _ if !known => return rule(Rule::Dangling),
-            _ if matches!(buffer.space, Space::Local | Space::Shared) && dim.constant().is_none() => {
+            _ if !matches!(buffer.space, Space::Global(_)) && dim.constant().is_none() => {
                 return rule(Rule::LocalExtent);
             }
             Some((least, most)) if least >= 0 => axes.push((stride, axis, most)),
@@ -433,6 +497,7 @@ struct Ctx<'a> {
     regs: Vec<Option<SeenReg>>,
     depth: usize,
     in_parallel: bool,
+    in_loop: bool,
     under_if: bool,
     /// Copies of the block being checked.
     copies: i64,
@@ -473,7 +538,8 @@ impl Ctx<'_> {
                 | Stmt::Sync
                 | Stmt::Copy { .. }
                 | Stmt::Commit
-                | Stmt::Wait(_) => {}
+                | Stmt::Wait(_)
+                | Stmt::Warpgroup(_) => {}
             }
         }
         for stmt in stmts {
@@ -489,9 +555,11 @@ impl Ctx<'_> {
     /// The body of a loop, with its variable.
     fn body(&mut self, var: VarId, constant: Option<i64>, body: &[Stmt]) -> Result<(), (String, Box<Rule>)> {
         self.vars[var.0 as usize] = Some(Seen { constant });
+        let outer = std::mem::replace(&mut self.in_loop, true);
         self.depth += 1;
         self.block(body)?;
         self.depth -= 1;
+        self.in_loop = outer;
         self.vars[var.0 as usize] = None;
         Ok(())
     }
@@ -524,7 +592,9 @@ impl Ctx<'_> {
             }
             Stmt::Set { reg, index, value } => {
                 let seen = self.register(*reg, index)?;
-                if self.in_parallel && !seen.in_parallel {
+                // A worker of many threads may count what it did.
+                let counts = self.kernel.threads > 1 && self.kernel[*reg].ty == Type::Index;
+                if self.in_parallel && !seen.in_parallel && !counts {
                     return rule(Rule::SetOutside(self.kernel[*reg].name.clone()));
                 }
                 same("the value", self.whole(value)?, self.kernel[*reg].ty)?;
@@ -537,7 +607,11 @@ impl Ctx<'_> {
                 match target.space {
                     Space::Global(Access::Read) => return rule(Rule::ReadOnly(target.name.clone())),
                     Space::Global(_) if !self.in_parallel => return rule(Rule::StoreOutside),
-                    Space::Global(_) | Space::Local | Space::Shared => {}
+                    // A chunk of a row stays together.
+                    Space::Swizzled if lanes as usize * target.dtype.bytes(1) > 16 => {
+                        return operand("store to swizzled memory", found);
+                    }
+                    Space::Global(_) | Space::Local | Space::Shared | Space::Swizzled => {}
                 }
             }
             Stmt::Prefetch { buffer, index } => {
@@ -558,7 +632,9 @@ impl Ctx<'_> {
             }
             Stmt::Parallel { count, .. } => {
                 same("the count", self.whole(count)?, Type::Index)?;
-                self.outermost()?;
+                if self.kernel.threads == 1 || self.in_parallel || self.in_loop {
+                    self.outermost()?;
+                }
             }
             Stmt::If { cond, .. } => same("the condition", self.whole(cond)?, Type::Flag)?,
             Stmt::Barrier if self.kernel.threads > 1 => {
@@ -584,6 +660,7 @@ impl Ctx<'_> {
                 }
                 same("the count", self.whole(count)?, Type::Index)?;
             }
+            Stmt::Warpgroup(stmt) => self.warpgroup(stmt)?,
         }
         Ok(())
     }
@@ -612,6 +689,11 @@ impl Ctx<'_> {
                 self.many("`thread`")?;
                 Type::Index
             }
+            Expr::Uniform(a) => {
+                self.many("`uniform`")?;
+                same("the number", self.expr(a)?, Type::Index)?;
+                Type::Index
+            }
             Expr::Var(var) => match self.vars.get(var.0 as usize) {
                 Some(Some(_)) => self.kernel[*var].ty,
                 Some(None) => return rule(Rule::Scope(self.kernel[*var].name.clone())),
@@ -630,7 +712,14 @@ impl Ctx<'_> {
                 self.kernel[*reg].ty
             }
             Expr::Load { buffer, index, lanes } => {
-                let dtype = self.element(*buffer, index, *lanes)?.dtype;
+                let found = self.element(*buffer, index, *lanes)?;
+                if found.space == Space::Swizzled {
+                    return rule(Rule::Space {
+                        name: found.name.clone(),
+                        expected: "global, local or shared",
+                    });
+                }
+                let dtype = found.dtype;
                 Type::Vector { dtype, lanes: *lanes }
             }
             Expr::Arith(op, a, b) => self.arith(*op, a, b)?,
@@ -865,7 +954,7 @@ fn measure(expr: &Expr, depth: usize, nodes: &mut usize) -> Checked<()> {
 fn in_shared(buffer: &Buffer) -> Checked<()> {
     match buffer.space {
         Space::Shared => Ok(()),
-        Space::Global(_) | Space::Local => {
+        Space::Global(_) | Space::Local | Space::Swizzled => {
             rule(Rule::Space { name: buffer.name.clone(), expected: "shared" })
         }
     }

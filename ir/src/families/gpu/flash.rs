@@ -10,12 +10,13 @@
 //! to 16. bf16 is multiplied by `mma`, with `exp2` and the scale folded into it; f32 by FMA, through weights in shared memory.
 
 use super::chunk;
+use super::softmax::{Blocks, Rows, Softmax};
 use crate::dtype::DType;
 use crate::families::access::Lowering;
 use crate::families::attention::{Shape, shape_of};
 use crate::families::{GroupView, LowerError, Lowered};
-use crate::kernel::{Access, BufferId, Builder, Expr, RegId, Type, WARP};
-use crate::op::{Compare, Op, Unary};
+use crate::kernel::{Access, Arith, BufferId, Builder, Expr, RegId, Type, WARP};
+use crate::op::{Compare, Op};
 use crate::schedule::{self, Field};
 use crate::target::Gpu;
 
@@ -106,10 +107,9 @@ fn covered(view: &GroupView<'_>) -> Result<Shape, LowerError> {
 /// A tile as its threads see it.
 struct Tile {
     s: Schedule,
-    shape: Shape,
+    rows: Rows,
     /// Columns of a head in shared memory.
     d: usize,
-    scale: f64,
     /// In global memory: `k[head, slot, column]`, `v` alike.
     k: BufferId,
     v: BufferId,
@@ -118,20 +118,14 @@ struct Tile {
     tile_k: BufferId,
     tile_v: BufferId,
     weights: Option<BufferId>,
-    /// The KV head.
-    head: Expr,
     lane: Expr,
     /// First row of this warp in the tile.
     warp_row: Expr,
     /// Queries, as left operands: `[d / 16]`.
     queries: Option<RegId>,
-    /// Scores of 16 rows by 8 keys each, and sums by 8 columns each; of f32 four registers a thread.
-    scores: RegId,
-    sums: RegId,
-    /// Of the two rows of a thread: the last key that each sees, its highest score so far, and its sum of weights.
-    seen: RegId,
-    highest: RegId,
-    total: RegId,
+    softmax: Softmax,
+    /// By 8 columns each.
+    sums: Blocks,
 }
 
 /// The kernel of an attention.
@@ -141,23 +135,15 @@ struct Tile {
 /// Where shapes are symbolic behind the first axis, a dtype or head is not covered, or the schedule does not fit.
 pub fn lower(view: &GroupView<'_>, s: Schedule) -> Result<Lowered, LowerError> {
     let shape = covered(view)?;
-    let Shape { per_kv, kv_heads, slots, dtype, .. } = shape;
+    let Shape { slots, dtype, .. } = shape;
     let Op::Attention { causal, scale } = view.graph[view.values[0]].op else {
         unreachable!("shape_of looked")
     };
     if slots % s.keys != 0 {
         return Err(view.unsupported(format!("a cache of {slots} slots, not whole tiles of {} keys", s.keys)));
     }
-    let operands = view.graph[view.values[0]].operands.clone();
-    if [1, 2].iter().any(|&n| view.graph[crate::families::storage(view.graph, operands[n])].layout.is_some())
-    {
-        return Err(view.unsupported("a cache in panels"));
-    }
     let mut l = Lowering::of_warps(view, s.warps);
-    let q = l.tensor("q", operands[0], Access::Read);
-    let (k_in, v_in) = (l.tensor("k", operands[1], Access::Read), l.tensor("v", operands[2], Access::Read));
-    let pos = l.tensor("pos", operands[3], Access::Read);
-    let out = l.tensor("out", view.values[0], Access::Write);
+    let [q, k_in, v_in, pos, out] = operands(&mut l)?;
     let warp = l.warp();
     let k = &mut l.k;
     let (d, bm, mma) = (padded(shape.d), 16 * s.warps, dtype != DType::F32);
@@ -166,63 +152,31 @@ pub fn lower(view: &GroupView<'_>, s: Schedule) -> Result<Lowered, LowerError> {
     let tile_k = k.shared("tile_k", dtype, &[2, s.keys, d], pitch);
     let tile_v = k.shared("tile_v", dtype, &[2, s.keys, d], pitch);
     let weights = (!mma).then(|| k.shared("weights", DType::F32, &[bm, s.keys], s.keys + 4));
-    let steps = Expr::from(shape.steps);
-    let all_rows = steps.clone() * per_kv;
-    let tiles = (all_rows.clone() + (bm - 1)) / bm;
-    k.parallel("turn", tiles.clone() * kv_heads, |k, turn| {
-        let head = k.let_("kv", turn.clone() % kv_heads);
-        // The last rows see the most keys: they begin first.
-        let first = k.let_("first", (tiles - 1usize - turn / kv_heads) * bm);
-        let last = all_rows.clone() - 1usize;
-        let row = |i: Expr| (first.clone() + i).min(last.clone());
-        let time = |row: Expr| row / per_kv;
-        let query = |row: Expr| head.clone() * per_kv + row % per_kv;
-        let position = |k: &Builder, row: Expr| k.load(pos, &[time(row)], 1).index();
-
-        // Every thread learns the last key that any row of the tile sees, and the last that all do.
-        let (most, least) =
-            (k.reg("most", i32s(), &[], Some(int(0))), k.reg("least", i32s(), &[], Some(int(i32::MAX))));
-        let (from, to, by) = match causal {
-            true => (warp.lane.clone(), Expr::from(bm), i64::from(WARP)),
-            false => (warp.lane.clone(), steps.clone(), i64::from(WARP)),
-        };
-        k.for_("i", from, to, by, |k, i| {
-            let i = if causal { time(row(i)) } else { i };
-            let at = k.load(pos, &[i], 1);
-            let at = k.let_("at", at);
-            let (more, less) = (k.get(most, &[]).max(at.clone()), k.get(least, &[]).min(at));
-            k.set(most, &[], more);
-            k.set(least, &[], less);
-        });
-        for mask in [16, 8, 4, 2, 1] {
-            let more = k.get(most, &[]).max(k.get(most, &[]).shuffle(mask));
-            k.set(most, &[], more);
-            let less = k.get(least, &[]).min(k.get(least, &[]).shuffle(mask));
-            k.set(least, &[], less);
-        }
-        let end = k.let_("end", k.get(most, &[]).index() / s.keys + 1usize);
-        let whole =
-            if causal { k.get(least, &[]).index() + 1usize } else { k.get(most, &[]).index() + 1usize };
-        let whole = k.let_("whole", whole / s.keys);
+    k.parallel("turn", Rows::turns(&shape, bm), |k, turn| {
+        let rows = Rows::of_turn(k, shape, causal, pos, bm, &turn);
+        let ends = rows.tiles_of_keys(k, &warp.lane, s.keys);
 
         // Queries to shared memory; they arrive with the first tile of keys.
         let wide = chunk(dtype);
         copies(k, bm, d / wide, s.warps, |k, i, chunk| {
             let i = k.let_("i", i);
             let column = k.let_("column", chunk * wide);
-            let r = k.let_("r", row(i.clone()));
-            let left = (Expr::from(shape.d) - column.clone()).max(0i64).min(wide);
-            k.copy((tile_q, &[i, column.clone()]), (q, &[time(r.clone()), query(r), column]), left);
+            let r = k.let_("r", rows.existing(i.clone()));
+            let left = (Expr::from(rows.shape.d) - column.clone()).max(0i64).min(wide);
+            let [t, head] = rows.place(r);
+            k.copy((tile_q, &[i, column.clone()]), (q, &[t, head, column]), left);
         });
-        let ty = if mma { Type::f32(4) } else { Type::f32(1) };
-        let dims = |blocks: usize| if mma { vec![blocks] } else { vec![blocks, 4] };
-        let one = Type::f32(1);
         let queries =
             (s.hold == 1 && mma).then(|| k.reg("queries", Type::Vector { dtype, lanes: 8 }, &[d / 16], None));
+        let warp_row = k.let_("warp_row", warp.number.clone() * 16usize);
+        let mine = k.let_("mine", warp_row.clone() + warp.lane.clone() / 4usize);
+        let scores = Blocks::new(k, "scores", s.keys / 8, !mma, None);
+        let sums = Blocks::new(k, "sums", d / 8, !mma, Some(0.0));
+        let softmax = Softmax::new(k, &rows, &ends, (&mine, &warp.lane), s.keys, scale, scores);
         let tile = Tile {
             s,
+            rows,
             d,
-            scale,
             k: k_in,
             v: v_in,
             tile_q,
@@ -230,28 +184,18 @@ pub fn lower(view: &GroupView<'_>, s: Schedule) -> Result<Lowered, LowerError> {
             tile_v,
             weights,
             lane: warp.lane.clone(),
-            warp_row: k.let_("warp_row", warp.number.clone() * 16usize),
+            warp_row,
             queries,
-            scores: k.reg("scores", ty, &dims(s.keys / 8), None),
-            sums: k.reg("sums", ty, &dims(d / 8), Some(Expr::f32(0.0, ty.lanes()))),
-            seen: k.reg("seen", Type::Index, &[2], Some(Expr::Int(0))),
-            highest: k.reg("highest", one, &[2], Some(Expr::f32(f64::NEG_INFINITY, 1))),
-            total: k.reg("total", one, &[2], Some(Expr::f32(0.0, 1))),
-            head: head.clone(),
-            shape,
+            softmax,
+            sums,
         };
-        let mine = |half: usize| tile.warp_row.clone() + tile.lane.clone() / 4usize + 8 * half;
-        for half in 0..2usize {
-            let seen = if causal { position(k, row(mine(half))) } else { k.get(most, &[]).index() };
-            k.set(tile.seen, &[half.into()], seen);
-        }
         tile.fetch(k, Expr::Int(0), Expr::Int(0));
         k.commit();
         let body = |k: &mut Builder, at: Expr, masked: bool| {
             // Everybody is done with the tile before, whose place the next one takes.
             k.sync();
             let next = k.let_("next", at.clone() + 1usize);
-            k.if_(next.clone().compare(Compare::Lt, end.clone()), |k| {
+            k.if_(next.clone().compare(Compare::Lt, ends.end.clone()), |k| {
                 tile.fetch(k, next.clone() % 2usize, next.clone());
             });
             k.commit();
@@ -263,51 +207,67 @@ pub fn lower(view: &GroupView<'_>, s: Schedule) -> Result<Lowered, LowerError> {
             } else {
                 tile.scores_fma(k, &stage)
             }
-            tile.softmax(k, &at, masked);
+            let shrinks = tile.softmax.weights(k, &at, masked);
+            tile.sums.scale(k, d / 8, &shrinks);
             if mma { tile.sums_mma(k, &stage) } else { tile.sums_fma(k, &stage) }
         };
-        k.for_("tile", 0usize, whole.clone(), 1, |k, at| body(k, at, false));
-        k.for_("tile", whole, end.clone(), 1, |k, at| body(k, at, true));
-
-        // The four threads of a row have parts of its sum.
-        for half in 0..2usize {
-            let mut total = k.get(tile.total, &[half.into()]);
-            for mask in [1, 2] {
-                let part = k.let_("part", total);
-                total = part.clone() + part.shuffle(mask);
-            }
-            let total = k.let_("whole", total);
-            let r = k.let_("r", first.clone() + mine(half));
-            k.if_(r.clone().compare(Compare::Lt, all_rows.clone()), |k| {
-                k.unroll("j", tile.d / 8, |k, j| {
-                    let column = k.let_("column", j.clone() * 8usize + tile.lane.clone() % 4usize * 2usize);
-                    let sum = tile.pair(k, tile.sums, &j, half);
-                    let share = Expr::Arith(
-                        crate::kernel::Arith::Div,
-                        Box::new(sum),
-                        Box::new(total.clone().splat(2)),
-                    );
-                    let at = [time(r.clone()), query(r.clone()), column.clone()];
-                    let store = |k: &mut Builder| k.store(out, &at, share);
-                    match tile.d == tile.shape.d {
-                        true => store(k),
-                        false => k.if_(column.compare(Compare::Lt, tile.shape.d), store),
-                    }
-                });
-            });
-        }
+        k.for_("tile", 0usize, ends.whole.clone(), 1, |k, at| body(k, at, false));
+        k.for_("tile", ends.whole.clone(), ends.end.clone(), 1, |k, at| body(k, at, true));
+        store(k, &tile.rows, &tile.softmax, tile.sums, (&mine, &tile.lane), out);
         // The next turn copies over what others may still read.
         k.sync();
     });
     Ok(l.finish())
 }
 
-fn i32s() -> Type {
-    Type::Vector { dtype: DType::I32, lanes: 1 }
+/// What an attention reads and writes: queries `[t, head, column]`, keys and values `[head, slot, column]`, positions, and the
+/// result like the queries.
+pub(super) fn operands(l: &mut Lowering<'_, '_>) -> Result<[BufferId; 5], LowerError> {
+    let view = l.view;
+    let operands = &view.graph[view.values[0]].operands;
+    let stored = |n: usize| crate::families::storage(view.graph, operands[n]);
+    if [1, 2].iter().any(|&n| view.graph[stored(n)].layout.is_some()) {
+        return Err(view.unsupported("a cache in panels"));
+    }
+    let mut read = |name, n: usize| l.tensor(name, operands[n], Access::Read);
+    let [q, k, v, pos] = [read("q", 0), read("k", 1), read("v", 2), read("pos", 3)];
+    Ok([q, k, v, pos, l.tensor("out", view.values[0], Access::Write)])
 }
 
-fn int(value: i32) -> Expr {
-    Expr::Const { value: value.into(), ty: i32s() }
+/// Writes a thread's part of rows `row` and `row + 8` of the tile: sums, divided by the sum of weights. f32 is divided; for what
+/// is rounded to 16 bits one reciprocal serves the row.
+pub(super) fn store(
+    k: &mut Builder,
+    rows: &Rows,
+    softmax: &Softmax,
+    sums: Blocks,
+    (row, lane): (&Expr, &Expr),
+    out: BufferId,
+) {
+    let d = rows.shape.d;
+    for half in 0..2usize {
+        let total = softmax.total(k, half);
+        let divide = |a: Expr, b: Expr| Expr::Arith(Arith::Div, Box::new(a), Box::new(b));
+        let factor = (!sums.fma).then(|| k.let_("factor", divide(Expr::f32(1.0, 1), total.clone())));
+        let r = k.let_("r", rows.number(row.clone() + 8 * half));
+        k.if_(rows.exists(&r), |k| {
+            k.unroll("j", d.div_ceil(8), |k, j| {
+                let column = k.let_("column", j.clone() * 8usize + lane.clone() % 4usize * 2usize);
+                let sum = sums.pair(k, &j, half);
+                let share = match &factor {
+                    Some(factor) => sum * factor.clone().splat(2),
+                    None => divide(sum, total.clone().splat(2)),
+                };
+                let [t, head] = rows.place(r.clone());
+                let at = [t, head, column.clone()];
+                let store = |k: &mut Builder| k.store(out, &at, share);
+                match d.is_multiple_of(8) {
+                    true => store(k),
+                    false => k.if_(column.compare(Compare::Lt, d), store),
+                }
+            });
+        });
+    }
 }
 
 /// The chunks of so many rows shared out over the threads of so many warps; `copy` has a row and a chunk's number in it.
@@ -339,41 +299,16 @@ impl Tile {
     /// Begins to copy a tile of keys and values to a stage. Every slot of a cache holds numbers; what a row does not see, the
     /// mask removes.
     fn fetch(&self, k: &mut Builder, stage: Expr, tile: Expr) {
-        let wide = chunk(self.shape.dtype);
+        let wide = chunk(self.rows.shape.dtype);
         for (to, from) in [(self.tile_k, self.k), (self.tile_v, self.v)] {
             copies(k, self.s.keys, self.d / wide, self.s.warps, |k, key, chunk| {
                 let key = k.let_("key", key);
                 let column = k.let_("column", chunk * wide);
                 let slot = k.let_("slot", tile.clone() * self.s.keys + key.clone());
-                let left = (Expr::from(self.shape.d) - column.clone()).max(0i64).min(wide);
+                let left = (Expr::from(self.rows.shape.d) - column.clone()).max(0i64).min(wide);
                 let at = [stage.clone(), key, column.clone()];
-                k.copy((to, &at), (from, &[self.head.clone(), slot, column]), left);
+                k.copy((to, &at), (from, &[self.rows.head.clone(), slot, column]), left);
             });
-        }
-    }
-
-    /// The two elements of a row's `half` of block `j`.
-    fn pair(&self, k: &Builder, reg: RegId, j: &Expr, half: usize) -> Expr {
-        match self.weights {
-            None => k.get(reg, std::slice::from_ref(j)).lanes(2 * half as u16, 2),
-            Some(_) => {
-                let one = |e: usize| k.get(reg, &[j.clone(), (2 * half + e).into()]);
-                one(0).join(one(1))
-            }
-        }
-    }
-
-    /// Sets both pairs of block `j`.
-    fn set_pairs(&self, k: &mut Builder, reg: RegId, j: &Expr, pairs: [Expr; 2]) {
-        let [low, high] = pairs;
-        if self.weights.is_none() {
-            return k.set(reg, std::slice::from_ref(j), low.join(high));
-        }
-        for (half, pair) in [low, high].into_iter().enumerate() {
-            let pair = k.let_("pair", pair);
-            for e in 0..2usize {
-                k.set(reg, &[j.clone(), (2 * half + e).into()], pair.clone().lanes(e as u16, 1));
-            }
         }
     }
 
@@ -393,7 +328,7 @@ impl Tile {
                 });
             });
         }
-        k.unroll("j", self.s.keys / 8, |k, j| k.set(self.scores, &[j], Expr::f32(0.0, 4)));
+        k.unroll("j", self.s.keys / 8, |k, j| k.set(self.softmax.scores.reg, &[j], Expr::f32(0.0, 4)));
         let key = k.let_("key", lane.clone() % 8usize + lane.clone() / 16usize * 8usize);
         let part = k.let_("part", lane / 8usize % 2usize * 8usize);
         k.unroll("d", self.d / 16, |k, at| {
@@ -410,8 +345,8 @@ impl Tile {
                 for half in 0..2u16 {
                     let block = [j.clone() * 2usize + i64::from(half)];
                     let b = right.clone().lanes(4 * half, 4);
-                    let sum = k.get(self.scores, &block).mma(left.clone(), b);
-                    k.set(self.scores, &block, sum);
+                    let sum = k.get(self.softmax.scores.reg, &block).mma(left.clone(), b);
+                    k.set(self.softmax.scores.reg, &block, sum);
                 }
             });
         });
@@ -423,7 +358,7 @@ impl Tile {
         let row = k.let_("row", self.warp_row.clone() + self.lane.clone() / 4usize);
         let key = k.let_("key", self.lane.clone() % 4usize * 2usize);
         k.unroll("j", self.s.keys / 8, |k, j| {
-            k.unroll("e", 4, |k, e| k.set(self.scores, &[j, e], Expr::f32(0.0, 1)));
+            k.unroll("e", 4, |k, e| k.set(self.softmax.scores.reg, &[j, e], Expr::f32(0.0, 1)));
         });
         let left = k.reg("left", four, &[2], None);
         let right = k.reg("right", four, &[2], None);
@@ -441,106 +376,26 @@ impl Tile {
                 k.unroll("h", 2, |k, h| {
                     k.unroll("e", 2, |k, e| {
                         let place = [j.clone(), h.clone() * 2usize + e.clone()];
-                        let mut sum = k.get(self.scores, &place);
+                        let mut sum = k.get(self.softmax.scores.reg, &place);
                         for lane in 0..4 {
                             let x = k.get(left, std::slice::from_ref(&h)).lanes(lane, 1);
                             sum = x.fma(k.get(right, std::slice::from_ref(&e)).lanes(lane, 1), sum);
                         }
-                        k.set(self.scores, &place, sum);
+                        k.set(self.softmax.scores.reg, &place, sum);
                     });
                 });
             });
         });
     }
 
-    /// Scores to weights relative to the highest score so far; what was summed before is scaled to it.
-    fn softmax(&self, k: &mut Builder, tile: &Expr, masked: bool) {
-        let mma = self.weights.is_none();
-        // `exp2` takes the scale with it; f32 is scaled first, and has an exponential of its own.
-        let scale = if mma { self.scale * std::f64::consts::LOG2_E } else { self.scale };
-        let blocks = self.s.keys / 8;
-        let first = k.let_("key", tile.clone() * self.s.keys + self.lane.clone() % 4usize * 2usize);
-        let shrinks: Vec<Expr> = (0..2usize)
-            .map(|half| {
-                let seen = k.let_("left", k.get(self.seen, &[half.into()]) - first.clone());
-                let most = k.reg("most", Type::f32(2), &[], Some(Expr::f32(f64::NEG_INFINITY, 2)));
-                k.unroll("j", blocks, |k, j| {
-                    let mut pair = self.pair(k, self.scores, &j, half);
-                    if !mma {
-                        pair = pair * Expr::f32(scale, 2);
-                    }
-                    if masked {
-                        let left = (seen.clone() - j.clone() * 8usize).max(-1i64).min(2i64);
-                        let visible =
-                            Expr::Iota { lanes: 2 }.compare(Compare::Le, left.cast(DType::I32).splat(2));
-                        pair = visible.select(pair, Expr::f32(f64::NEG_INFINITY, 2));
-                    }
-                    let pair = k.let_("pair", pair);
-                    self.set_half(k, &j, half, pair.clone());
-                    let more = k.get(most, &[]).max(pair);
-                    k.set(most, &[], more);
-                });
-                let mut highest = k.get(most, &[]).reduce(crate::op::Reduction::Max);
-                for mask in [1, 2] {
-                    let part = k.let_("part", highest);
-                    highest = part.clone().max(part.shuffle(mask));
-                }
-                let old = k.let_("old", k.get(self.highest, &[half.into()]));
-                let new = k.let_("new", highest.max(old.clone()));
-                k.set(self.highest, &[half.into()], new.clone());
-                let shrink = match mma {
-                    true => ((old - new.clone()) * Expr::f32(scale, 1)).exp2(),
-                    false => (old - new.clone()).unary(Unary::Exp),
-                };
-                let shrink = k.let_("shrink", shrink);
-                let from = k.let_("from", if mma { new * Expr::f32(-scale, 1) } else { new });
-                let part = k.reg("part", Type::f32(2), &[], Some(Expr::f32(0.0, 2)));
-                k.unroll("j", blocks, |k, j| {
-                    let pair = self.pair(k, self.scores, &j, half);
-                    let weight = match mma {
-                        true => pair.fma(Expr::f32(scale, 2), from.clone().splat(2)).exp2(),
-                        false => (pair - from.clone().splat(2)).unary(Unary::Exp),
-                    };
-                    let weight = k.let_("weight", weight);
-                    self.set_half(k, &j, half, weight.clone());
-                    let more = k.get(part, &[]) + weight;
-                    k.set(part, &[], more);
-                });
-                let sum = k.get(part, &[]).reduce(crate::op::Reduction::Sum);
-                let total = k.get(self.total, &[half.into()]).fma(shrink.clone(), sum);
-                k.set(self.total, &[half.into()], total);
-                shrink
-            })
-            .collect();
-        k.unroll("j", self.d / 8, |k, j| {
-            let scaled =
-                [0, 1].map(|half| self.pair(k, self.sums, &j, half) * shrinks[half].clone().splat(2));
-            self.set_pairs(k, self.sums, &j, scaled);
-        });
-    }
-
-    /// Sets one pair of a block of scores.
-    fn set_half(&self, k: &mut Builder, j: &Expr, half: usize, pair: Expr) {
-        let other = self.pair(k, self.scores, j, 1 - half);
-        match (self.weights, half) {
-            (None, 0) => k.set(self.scores, std::slice::from_ref(j), pair.join(other)),
-            (None, _) => k.set(self.scores, std::slice::from_ref(j), other.join(pair)),
-            (Some(_), _) => {
-                for e in 0..2usize {
-                    k.set(self.scores, &[j.clone(), (2 * half + e).into()], pair.clone().lanes(e as u16, 1));
-                }
-            }
-        }
-    }
-
     /// `sums += weights v`, by `mma`: two blocks of scores are the left operand.
     fn sums_mma(&self, k: &mut Builder, stage: &Expr) {
         let lane = self.lane.clone();
-        let dtype = self.shape.dtype;
+        let dtype = self.rows.shape.dtype;
         let key = k.let_("key", lane.clone() % 16usize);
         let part = k.let_("part", lane / 16usize * 8usize);
         k.unroll("s", self.s.keys / 16, |k, s| {
-            let [low, high] = [0i64, 1].map(|e| k.get(self.scores, &[s.clone() * 2usize + e]));
+            let [low, high] = [0i64, 1].map(|e| k.get(self.softmax.scores.reg, &[s.clone() * 2usize + e]));
             let left = k.let_("left", low.join(high).cast(dtype));
             k.unroll("j", self.d / 16, |k, j| {
                 let place =
@@ -550,8 +405,8 @@ impl Tile {
                 for half in 0..2u16 {
                     let block = [j.clone() * 2usize + i64::from(half)];
                     let b = right.clone().lanes(4 * half, 4);
-                    let sum = k.get(self.sums, &block).mma(left.clone(), b);
-                    k.set(self.sums, &block, sum);
+                    let sum = k.get(self.sums.reg, &block).mma(left.clone(), b);
+                    k.set(self.sums.reg, &block, sum);
                 }
             });
         });
@@ -564,7 +419,7 @@ impl Tile {
         let pair = k.let_("pair", self.lane.clone() % 4usize * 2usize);
         k.unroll("j", self.s.keys / 8, |k, j| {
             for half in 0..2usize {
-                let value = self.pair(k, self.scores, &j, half);
+                let value = self.softmax.scores.pair(k, &j, half);
                 k.store(weights, &[row.clone() + 8 * half, j.clone() * 8usize + pair.clone()], value);
             }
         });
@@ -581,8 +436,8 @@ impl Tile {
                 for (half, weight) in weight.iter().enumerate() {
                     for e in 0..2u16 {
                         let place = [j.clone(), (2 * half + usize::from(e)).into()];
-                        let sum = weight.clone().fma(value.clone().lanes(e, 1), k.get(self.sums, &place));
-                        k.set(self.sums, &place, sum);
+                        let sum = weight.clone().fma(value.clone().lanes(e, 1), k.get(self.sums.reg, &place));
+                        k.set(self.sums.reg, &place, sum);
                     }
                 }
             });

@@ -152,10 +152,28 @@ struct Tile<'a> {
 }
 
 /// Sums of a warp in registers: `[stream, rows / 16, columns / 8]`, four of each thread's.
-struct Sums {
-    reg: RegId,
+#[derive(Clone, Copy)]
+pub(super) struct Sums {
+    pub reg: RegId,
     /// Is each a vector of four, for `mma`?
-    mma: bool,
+    pub mma: bool,
+}
+
+/// A warp's part of a finished tile.
+pub(super) struct Finished {
+    pub streams: usize,
+    /// Columns of each stream.
+    pub columns: usize,
+    /// Columns of a CTA's tile, of each stream.
+    pub bn: usize,
+    /// First row and column of the warp.
+    pub row: Expr,
+    pub column: Expr,
+    pub lane: Expr,
+    /// Blocks of 16 rows and of 8 columns.
+    pub across: usize,
+    pub along: usize,
+    pub sums: Sums,
 }
 
 impl Sums {
@@ -235,7 +253,18 @@ fn product(
         if (steps - 1) % stages < steps.min(stages - 1) {
             k.sync();
         }
-        result = tile.store(l, segment, &rows);
+        let finished = Finished {
+            streams,
+            columns,
+            bn,
+            row: tile.m.clone() + tile.warp_m.clone(),
+            column: tile.n.clone() + tile.warp_n.clone(),
+            lane: tile.lane.clone(),
+            across,
+            along,
+            sums,
+        };
+        result = finished.store(l, segment, &rows);
     });
     result
 }
@@ -368,14 +397,16 @@ impl Tile<'_> {
             });
         });
     }
+}
 
-    /// Computes and stores the outputs of a finished tile.
-    fn store(&self, l: &mut Lowering<'_, '_>, segment: &Segment, rows: &Expr) -> Result<(), LowerError> {
-        let (across, along) = self.warp_tile();
+impl Finished {
+    /// Computes and stores its outputs, for as many rows as there are.
+    pub fn store(&self, l: &mut Lowering<'_, '_>, segment: &Segment, rows: &Expr) -> Result<(), LowerError> {
+        let (across, along) = (self.across, self.along);
         let lane = self.lane.clone();
         let pairs = segment.chunk.is_multiple_of(2);
-        let first = l.k.let_("row", self.m.clone() + self.warp_m.clone() + lane.clone() / 4usize);
-        let column = l.k.let_("column", self.n.clone() + self.warp_n.clone() + lane % 4usize * 2usize);
+        let first = l.k.let_("row", self.row.clone() + lane.clone() / 4usize);
+        let column = l.k.let_("column", self.column.clone() + lane % 4usize * 2usize);
         let mut result = Ok(());
         for half in 0..2usize {
             let i = l.k.open_loop("i");
@@ -397,7 +428,7 @@ impl Tile<'_> {
                         let stored = outputs(l, segment, place, &sums);
                         result = std::mem::replace(&mut result, Ok(())).and(stored);
                     };
-                    if self.columns.is_multiple_of(self.s.bn) {
+                    if self.columns.is_multiple_of(self.bn) {
                         one(l);
                     } else {
                         l.only(n.clone().compare(Compare::Lt, self.columns), one);

@@ -1,0 +1,297 @@
+//! What attentions on a GPU do alike: which rows a CTA has and which keys they see, and weights out of scores, one tile of keys
+//! after another (online softmax: Milakov and Gimelshein, arXiv 1805.02867).
+//!
+//! A row is a position and a query head; the heads that share a KV head are rows beside each other, so that a tile of keys
+//! serves them all. Scores and sums lie in registers as [`Expr::Mma`] has them: each thread has two rows, `half` 0 and 1, eight
+//! apart, and of each block of 8 columns two of each row.
+
+use crate::dtype::DType;
+use crate::families::attention::Shape;
+use crate::kernel::{BufferId, Builder, Expr, RegId, Type, WARP};
+use crate::op::{Compare, Reduction, Unary};
+
+/// The rows of a CTA's turn.
+pub(super) struct Rows {
+    pub shape: Shape,
+    pub causal: bool,
+    /// Positions of the step's tokens: `pos[t]`.
+    pos: BufferId,
+    /// Rows of a tile.
+    count: usize,
+    /// The KV head.
+    pub head: Expr,
+    /// The first row.
+    first: Expr,
+}
+
+impl Rows {
+    /// Turns of so many rows that a step has.
+    pub fn turns(shape: &Shape, count: usize) -> Expr {
+        Rows::tiles(shape, count) * shape.kv_heads
+    }
+
+    fn tiles(shape: &Shape, count: usize) -> Expr {
+        (Expr::from(shape.steps) * shape.per_kv + (count - 1)) / count
+    }
+
+    /// The rows of a turn. The last rows see the most keys: they begin first.
+    pub fn of_turn(
+        k: &mut Builder,
+        shape: Shape,
+        causal: bool,
+        pos: BufferId,
+        count: usize,
+        turn: &Expr,
+    ) -> Rows {
+        let head = k.let_("kv", turn.clone() % shape.kv_heads);
+        let last = Rows::tiles(&shape, count) - 1usize;
+        let first = k.let_("first", (last - turn.clone() / shape.kv_heads) * count);
+        Rows { shape, causal, pos, count, head, first }
+    }
+
+    fn all(&self) -> Expr {
+        Expr::from(self.shape.steps) * self.shape.per_kv
+    }
+
+    /// The number of the tile's row `i`.
+    pub fn number(&self, i: impl Into<Expr>) -> Expr {
+        self.first.clone() + i.into()
+    }
+
+    /// The same of a row that there is: those beyond the end are the last one.
+    pub fn existing(&self, i: impl Into<Expr>) -> Expr {
+        self.number(i).min(self.all() - 1usize)
+    }
+
+    /// Is there a row of that number?
+    pub fn exists(&self, number: &Expr) -> Expr {
+        number.clone().compare(Compare::Lt, self.all())
+    }
+
+    /// Where a row's query, and its result, begins: `[t, head]`.
+    pub fn place(&self, number: Expr) -> [Expr; 2] {
+        let per_kv = self.shape.per_kv;
+        [number.clone() / per_kv, self.head.clone() * per_kv + number % per_kv]
+    }
+
+    /// The tiles of keys that any row sees, and those that all rows see whole, by all threads of a warp together.
+    pub fn tiles_of_keys(&self, k: &mut Builder, lane: &Expr, keys: usize) -> Ends {
+        let (most, least) =
+            (k.reg("most", i32s(), &[], Some(int(0))), k.reg("least", i32s(), &[], Some(int(i32::MAX))));
+        let to = if self.causal { Expr::from(self.count) } else { Expr::from(self.shape.steps) };
+        k.for_("i", lane.clone(), to, i64::from(WARP), |k, i| {
+            let i = if self.causal { self.place(self.existing(i))[0].clone() } else { i };
+            let at = k.load(self.pos, &[i], 1);
+            let at = k.let_("at", at);
+            let (more, less) = (k.get(most, &[]).max(at.clone()), k.get(least, &[]).min(at));
+            k.set(most, &[], more);
+            k.set(least, &[], less);
+        });
+        for mask in [16, 8, 4, 2, 1] {
+            let more = k.get(most, &[]).max(k.get(most, &[]).shuffle(mask));
+            k.set(most, &[], more);
+            let less = k.get(least, &[]).min(k.get(least, &[]).shuffle(mask));
+            k.set(least, &[], less);
+        }
+        let most = k.let_("last", k.get(most, &[]).index());
+        // Every lane has the same; said so, what is counted by them stays out of the lanes' own registers.
+        let end = k.let_("end", (most.clone() / keys + 1usize).uniform());
+        let whole = if self.causal { k.get(least, &[]).index() } else { most.clone() };
+        let whole = k.let_("whole", ((whole + 1usize) / keys).uniform());
+        Ends { most, end, whole }
+    }
+
+    /// The last key that a row sees.
+    fn seen(&self, k: &Builder, i: Expr, ends: &Ends) -> Expr {
+        match self.causal {
+            true => k.load(self.pos, &[self.place(self.existing(i))[0].clone()], 1).index(),
+            false => ends.most.clone(),
+        }
+    }
+}
+
+/// How far the keys of a tile of rows go.
+pub(super) struct Ends {
+    /// The last key that any row sees.
+    most: Expr,
+    /// Tiles of keys that any row sees.
+    pub end: Expr,
+    /// Tiles of keys that every row sees whole: they need no mask.
+    pub whole: Expr,
+}
+
+fn i32s() -> Type {
+    Type::Vector { dtype: DType::I32, lanes: 1 }
+}
+
+fn int(value: i32) -> Expr {
+    Expr::Const { value: value.into(), ty: i32s() }
+}
+
+/// Blocks of 8 columns of a warp's rows: a register of four each, or, for FMA, four of one.
+#[derive(Clone, Copy)]
+pub(super) struct Blocks {
+    pub reg: RegId,
+    pub fma: bool,
+}
+
+impl Blocks {
+    /// Declares so many.
+    pub fn new(k: &mut Builder, name: &str, count: usize, fma: bool, init: Option<f64>) -> Blocks {
+        let (ty, dims) = if fma { (Type::f32(1), vec![count, 4]) } else { (Type::f32(4), vec![count]) };
+        Blocks { reg: k.reg(name, ty, &dims, init.map(|x| Expr::f32(x, ty.lanes()))), fma }
+    }
+
+    /// The two elements of a row's `half` of block `j`.
+    pub fn pair(&self, k: &Builder, j: &Expr, half: usize) -> Expr {
+        if !self.fma {
+            return k.get(self.reg, std::slice::from_ref(j)).lanes(2 * half as u16, 2);
+        }
+        let one = |e: usize| k.get(self.reg, &[j.clone(), (2 * half + e).into()]);
+        one(0).join(one(1))
+    }
+
+    /// Sets one pair of block `j`.
+    fn set_half(&self, k: &mut Builder, j: &Expr, half: usize, pair: Expr) {
+        if self.fma {
+            for e in 0..2usize {
+                k.set(self.reg, &[j.clone(), (2 * half + e).into()], pair.clone().lanes(e as u16, 1));
+            }
+            return;
+        }
+        let other = self.pair(k, j, 1 - half);
+        let both = if half == 0 { pair.join(other) } else { other.join(pair) };
+        k.set(self.reg, std::slice::from_ref(j), both);
+    }
+
+    /// Multiplies each row by its factor.
+    pub fn scale(&self, k: &mut Builder, count: usize, factors: &[Expr; 2]) {
+        k.unroll("j", count, |k, j| {
+            let [low, high] = [0, 1].map(|half| self.pair(k, &j, half) * factors[half].clone().splat(2));
+            if !self.fma {
+                return k.set(self.reg, &[j], low.join(high));
+            }
+            for (half, pair) in [low, high].into_iter().enumerate() {
+                let pair = k.let_("pair", pair);
+                self.set_half(k, &j, half, pair);
+            }
+        });
+    }
+}
+
+/// The softmax of a warp's 16 rows, as far as it has got.
+pub(super) struct Softmax {
+    /// Keys of a tile.
+    keys: usize,
+    scale: f64,
+    lane: Expr,
+    /// Scores of a tile, then weights.
+    pub scores: Blocks,
+    /// Of the two rows of a thread: the last key that each sees, its highest score so far, and its sum of weights.
+    seen: RegId,
+    highest: RegId,
+    total: RegId,
+}
+
+impl Softmax {
+    /// Of rows `row` and `row + 8` of the tile, which are this thread's.
+    pub fn new(
+        k: &mut Builder,
+        rows: &Rows,
+        ends: &Ends,
+        (row, lane): (&Expr, &Expr),
+        keys: usize,
+        scale: f64,
+        scores: Blocks,
+    ) -> Softmax {
+        let one = Type::f32(1);
+        let softmax = Softmax {
+            keys,
+            scale,
+            lane: lane.clone(),
+            scores,
+            seen: k.reg("seen", Type::Index, &[2], Some(Expr::Int(0))),
+            highest: k.reg("highest", one, &[2], Some(Expr::f32(f64::NEG_INFINITY, 1))),
+            total: k.reg("total", one, &[2], Some(Expr::f32(0.0, 1))),
+        };
+        for half in 0..2usize {
+            let seen = rows.seen(k, row.clone() + 8 * half, ends);
+            k.set(softmax.seen, &[half.into()], seen);
+        }
+        softmax
+    }
+
+    /// Scores to weights relative to the highest score so far. Gives for each row by what to multiply what was summed before.
+    pub fn weights(&self, k: &mut Builder, tile: &Expr, masked: bool) -> [Expr; 2] {
+        let fma = self.scores.fma;
+        // `exp2` takes the scale with it; f32 is scaled first, and has an exponential of its own.
+        let scale = if fma { self.scale } else { self.scale * std::f64::consts::LOG2_E };
+        let blocks = self.keys / 8;
+        let first = k.let_("key", tile.clone() * self.keys + self.lane.clone() % 4usize * 2usize);
+        [0usize, 1].map(|half| {
+            let seen = k.let_("left", k.get(self.seen, &[half.into()]) - first.clone());
+            let most = k.reg("most", Type::f32(2), &[], Some(Expr::f32(f64::NEG_INFINITY, 2)));
+            k.unroll("j", blocks, |k, j| {
+                let mut pair = self.scores.pair(k, &j, half);
+                if fma {
+                    pair = pair * Expr::f32(scale, 2);
+                }
+                if masked {
+                    let left = (seen.clone() - j.clone() * 8usize).max(-1i64).min(2i64);
+                    let visible =
+                        Expr::Iota { lanes: 2 }.compare(Compare::Le, left.cast(DType::I32).splat(2));
+                    pair = visible.select(pair, Expr::f32(f64::NEG_INFINITY, 2));
+                }
+                let pair = k.let_("pair", pair);
+                self.scores.set_half(k, &j, half, pair.clone());
+                let more = k.get(most, &[]).max(pair);
+                k.set(most, &[], more);
+            });
+            let mut highest = k.get(most, &[]).reduce(Reduction::Max);
+            for mask in [1, 2] {
+                let part = k.let_("part", highest);
+                highest = part.clone().max(part.shuffle(mask));
+            }
+            let old = k.let_("old", k.get(self.highest, &[half.into()]));
+            let new = k.let_("new", highest.max(old.clone()));
+            k.set(self.highest, &[half.into()], new.clone());
+            let shrink = match fma {
+                true => (old - new.clone()).unary(Unary::Exp),
+                false => ((old - new.clone()) * Expr::f32(scale, 1)).exp2(),
+            };
+            let shrink = k.let_("shrink", shrink);
+            let from = k.let_("from", if fma { new } else { new * Expr::f32(-scale, 1) });
+            let part = k.reg("part", Type::f32(2), &[], Some(Expr::f32(0.0, 2)));
+            k.unroll("j", blocks, |k, j| {
+                let pair = self.scores.pair(k, &j, half);
+                let weight = match fma {
+                    true => (pair - from.clone().splat(2)).unary(Unary::Exp),
+                    false => pair.fma(Expr::f32(scale, 2), from.clone().splat(2)).exp2(),
+                };
+                let weight = k.let_("weight", weight);
+                self.scores.set_half(k, &j, half, weight.clone());
+                let more = k.get(part, &[]) + weight;
+                k.set(part, &[], more);
+            });
+            let sum = k.get(part, &[]).reduce(Reduction::Sum);
+            let total = k.get(self.total, &[half.into()]).fma(shrink.clone(), sum);
+            k.set(self.total, &[half.into()], total);
+            shrink
+        })
+    }
+
+    /// The sum of a row's weights, of which its four threads have parts.
+    pub fn total(&self, k: &mut Builder, half: usize) -> Expr {
+        let mut total = k.get(self.total, &[half.into()]);
+        for mask in [1, 2] {
+            let part = k.let_("part", total);
+            total = part.clone() + part.shuffle(mask);
+        }
+        k.let_("sum", total)
+    }
+
+    /// The parts of this thread's own.
+    pub fn parts(&self, k: &Builder) -> [Expr; 2] {
+        [0usize, 1].map(|half| k.get(self.total, &[half.into()]))
+    }
+}
