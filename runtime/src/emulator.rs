@@ -384,6 +384,7 @@ fn named(space: Space) -> &'static str {
         Space::Generic => "memory",
         Space::Global => "global memory",
         Space::Shared => "shared memory",
+        Space::SharedCluster => "shared memory of the cluster",
         Space::Param => "the parameters",
         Space::Const => "constant memory",
     }

@@ -176,7 +176,7 @@ impl Reach<'_> {
             Space::Global => {
                 self.memory.locate(address, bytes).map(|(index, range)| Spot::Global(index, range))
             }
-            Space::Param | Space::Const | Space::Generic => {
+            Space::Param | Space::Const | Space::Generic | Space::SharedCluster => {
                 of(self.params.len(), "there are").map(Spot::Params)
             }
         }
@@ -310,7 +310,7 @@ impl Reach<'_> {
                 self.counts.shared_passes += passes;
                 self.counts.bank_conflicts += passes - least;
             }
-            Space::Param | Space::Const | Space::Generic => {}
+            Space::Param | Space::Const | Space::Generic | Space::SharedCluster => {}
         }
     }
 }

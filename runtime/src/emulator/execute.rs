@@ -147,7 +147,7 @@ impl Warp {
             }
             Op::Cvta { space, to, d, a } => {
                 let window = match space {
-                    Space::Shared => SHARED_WINDOW,
+                    Space::Shared | Space::SharedCluster => SHARED_WINDOW,
                     Space::Param => PARAM_WINDOW,
                     Space::Global | Space::Generic | Space::Const => 0,
                 };
@@ -334,6 +334,27 @@ impl Warp {
                         copy.bytes as usize,
                     );
                 }
+            }
+            Op::StoreMatrix { .. } | Op::Elect { .. } | Op::MapA { .. } | Op::GetCtaRank { .. } => {
+                return Err(of_warp(Fault::Unsupported { what: "an instruction of sm_90" }));
+            }
+            Op::FenceProxyAsync
+            | Op::FenceMbarrierInit
+            | Op::Mbarrier { .. }
+            | Op::SetMaxRegisters { .. } => {
+                return Err(of_warp(Fault::Unsupported { what: "an instruction of sm_90" }));
+            }
+            Op::TileLoad { .. } | Op::TileStore { .. } | Op::BulkLoad { .. } | Op::BulkStore { .. } => {
+                return Err(of_warp(Fault::Unsupported { what: "a bulk copy" }));
+            }
+            Op::BulkCommit | Op::BulkWait { .. } => {
+                return Err(of_warp(Fault::Unsupported { what: "a bulk copy" }));
+            }
+            Op::Wgmma(_) | Op::WgmmaFence | Op::WgmmaCommit | Op::WgmmaWait(_) => {
+                return Err(of_warp(Fault::Unsupported { what: "a wgmma" }));
+            }
+            Op::ClusterArrive { .. } | Op::ClusterWait => {
+                return Err(of_warp(Fault::Unsupported { what: "a cluster of more than one CTA" }));
             }
             Op::Branch { .. } | Op::BranchIndexed { .. } | Op::Exit => unreachable!("these are run by `run`"),
         }

@@ -238,6 +238,8 @@ pub fn run(
                 shared_bytes: kernel.dynamic_shared + grid.dynamic_shared,
                 dynamic_begin: kernel.dynamic_shared,
                 dynamic_bytes: grid.dynamic_shared,
+                cluster: 1,
+                rank: 0,
             };
             ctas.push(Cta::new(program, &place));
         }

@@ -6,7 +6,7 @@
 
 use super::counts::Class;
 use super::flow;
-use crate::ptx::{BarrierOp, Kernel, Op, Pred, Reg, VoteMode};
+use crate::ptx::{BarrierOp, Kernel, MatrixA, MbarrierOp, Op, Pred, Reg, Tile, VoteMode};
 
 /// A kernel that can be launched many times.
 #[derive(Debug)]
@@ -163,9 +163,76 @@ fn operands(op: &mut Op, f: &mut dyn FnMut(Operand<'_>)) {
             f(Use(&mut a.base));
             size.iter_mut().for_each(|size| f(Use(size)));
         }
+        Op::StoreMatrix { address, a, .. } => {
+            f(Use(&mut address.base));
+            a.iter_mut().for_each(|a| f(Use(a)));
+        }
+        Op::Mbarrier { op, address, .. } => {
+            f(Use(&mut address.base));
+            match op {
+                MbarrierOp::Init(a) | MbarrierOp::ExpectTx(a) | MbarrierOp::CompleteTx(a) => f(Use(a)),
+                MbarrierOp::Arrive { state, expect, count, no_complete: _ } => {
+                    expect.iter_mut().chain(count).for_each(|a| f(Use(a)));
+                    state.iter_mut().for_each(|state| f(Define(state)));
+                }
+                MbarrierOp::Wait { d, phase, block: _ } => {
+                    f(Use(phase));
+                    f(DefinePredicate(*d));
+                }
+                MbarrierOp::Inval | MbarrierOp::CopyArrive { noinc: _ } => {}
+            }
+        }
+        Op::TileLoad { d, tile, mbarrier, multicast } => {
+            f(Use(&mut d.base));
+            tile_operands(tile, f);
+            f(Use(&mut mbarrier.base));
+            multicast.iter_mut().for_each(|mask| f(Use(mask)));
+        }
+        Op::TileStore { tile, a, reduce: _ } => {
+            tile_operands(tile, f);
+            f(Use(&mut a.base));
+        }
+        Op::BulkLoad { d, a, bytes, mbarrier, multicast } => {
+            [&mut d.base, &mut a.base, bytes, &mut mbarrier.base].into_iter().for_each(|a| f(Use(a)));
+            multicast.iter_mut().for_each(|mask| f(Use(mask)));
+        }
+        Op::BulkStore { d, a, bytes } => {
+            [&mut d.base, &mut a.base, bytes].into_iter().for_each(|a| f(Use(a)));
+        }
+        Op::Wgmma(wgmma) => {
+            match &mut wgmma.a {
+                MatrixA::Registers(a) => a.iter_mut().for_each(|a| f(Use(a))),
+                MatrixA::Shared(descriptor, _) => f(Use(descriptor)),
+            }
+            f(Use(&mut wgmma.b));
+            f(UsePredicate(wgmma.scale_d));
+            // Whether D is read is known when it runs, but its registers stay the same.
+            wgmma.d.iter_mut().for_each(|d| f(Define(d)));
+        }
+        Op::Elect { d, p, mask } => {
+            f(Use(mask));
+            d.iter_mut().for_each(|d| f(Define(d)));
+            f(DefinePredicate(*p));
+        }
+        Op::MapA { d, a, rank, .. } => {
+            f(Use(a));
+            f(Use(rank));
+            f(Define(d));
+        }
+        Op::GetCtaRank { d, a, .. } => {
+            f(Use(a));
+            f(Define(d));
+        }
         Op::Branch { .. } | Op::Exit | Op::Trap | Op::Hint | Op::Fence { .. } => {}
-        Op::CopyCommit | Op::CopyWait(_) => {}
+        Op::CopyCommit | Op::CopyWait(_) | Op::FenceProxyAsync | Op::FenceMbarrierInit => {}
+        Op::BulkCommit | Op::BulkWait { .. } | Op::WgmmaFence | Op::WgmmaCommit | Op::WgmmaWait(_) => {}
+        Op::SetMaxRegisters { .. } | Op::ClusterArrive { .. } | Op::ClusterWait => {}
     }
+}
+
+fn tile_operands(tile: &mut Tile, f: &mut dyn FnMut(Operand<'_>)) {
+    f(Operand::Use(&mut tile.map));
+    tile.coordinates.iter_mut().for_each(|coordinate| f(Operand::Use(coordinate)));
 }
 
 impl Program {

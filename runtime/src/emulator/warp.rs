@@ -69,6 +69,10 @@ pub struct Place {
     pub shared_bytes: u32,
     pub dynamic_begin: u32,
     pub dynamic_bytes: u32,
+    /// CTAs of a cluster.
+    pub cluster: u32,
+    /// Which of them it is.
+    pub rank: u32,
 }
 
 impl Warp {
@@ -322,5 +326,13 @@ fn special_value(special: Special, place: &Place, warp: u32, lane: u32) -> u32 {
         Special::LanemaskGt => !(bit | (bit - 1)),
         Special::LanemaskGe => !(bit - 1),
         Special::DynamicSharedBytes => place.dynamic_bytes,
+        Special::ClusterCtaRank | Special::ClusterCtaid(0) => place.rank,
+        Special::ClusterNctaRank | Special::ClusterNctaid(0) => place.cluster,
+        Special::ClusterCtaid(_) => 0,
+        Special::ClusterNctaid(_) => 1,
+        Special::ClusterId(0) => place.cta[0] / place.cluster,
+        Special::ClusterId(axis) => place.cta[usize::from(axis)],
+        Special::NclusterId(0) => place.ctas[0] / place.cluster,
+        Special::NclusterId(axis) => place.ctas[usize::from(axis)],
     }
 }
