@@ -3,8 +3,9 @@
 //! Lanes that part at a branch run one side after the other, in an order by seed, and meet again at the branch's immediate
 //! post-dominator (the stack of Fung, Sham, Yuan and Aamodt, "Dynamic Warp Formation and Scheduling", 2007, section 2).
 
-use super::access::{Checked, Reach, at_lane, lanes};
+use super::access::{Checked, Location, Reach, at_lane, lanes};
 use super::arithmetic::{self as math, LANES, Lanes, Narrow, Source, Wide};
+use super::bulk::BulkGroups;
 use super::execute::{Arrival, AsyncCopy};
 use super::grid::Random;
 use super::program::{Program, Step};
@@ -31,8 +32,19 @@ pub enum Pause {
     Turn,
     /// It is at a barrier.
     Barrier(Arrival),
+    /// It has to wait before the instruction, which it tries again then.
+    Again(Wait),
     /// All lanes have ended.
     Done,
+}
+
+/// What a warp waits for before it can run an instruction.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Wait {
+    /// The end of a phase of the mbarrier.
+    Mbarrier(Location),
+    /// The end of a phase of the cluster's barrier.
+    Cluster,
 }
 
 /// A warp.
@@ -41,6 +53,8 @@ pub struct Warp {
     pub existing: u32,
     /// Lanes that have not ended.
     pub live: u32,
+    /// Its number in the CTA.
+    pub number: u32,
     /// The line of the instruction that it ran last.
     pub line: u32,
     frames: Vec<Frame>,
@@ -56,6 +70,10 @@ pub struct Warp {
     pub copies: Vec<AsyncCopy>,
     /// Groups that each lane has closed.
     pub groups: Narrow,
+    /// Bulk copies of its lanes from shared memory; empty before the first.
+    bulk: Vec<BulkGroups>,
+    /// The phase of the cluster's barrier that it has arrived at and not waited for.
+    pub cluster_phase: Option<u32>,
 }
 
 /// What a CTA's threads know of where they are.
@@ -66,7 +84,6 @@ pub struct Place {
     pub cta: [u32; 3],
     pub ctas: [u32; 3],
     pub threads: [u32; 3],
-    pub shared_bytes: u32,
     pub dynamic_begin: u32,
     pub dynamic_bytes: u32,
     /// CTAs of a cluster.
@@ -82,11 +99,14 @@ impl Warp {
         let threads = x * y * z;
         let count = (threads - 32 * number).min(32);
         let existing = ALL >> (32 - count);
+        let warps = threads.div_ceil(32);
+        let first = place.first_warp - place.rank * warps;
         let [narrow, wide] = program.registers;
         let predicates = usize::from(program.kernel.banks.predicates);
         let mut warp = Warp {
             existing,
             live: existing,
+            number,
             line: 0,
             frames: vec![Frame { pc: 0, join: program.code.len() as u32, mask: existing }],
             narrow: vec![[0; LANES]; narrow],
@@ -95,9 +115,11 @@ impl Warp {
             narrow_defined: vec![0; narrow],
             wide_defined: vec![0; wide],
             predicates_defined: vec![0; predicates],
-            knowledge: Knowledge::new(place.first_warp, number, threads.div_ceil(32)),
+            knowledge: Knowledge::new(first, place.rank * warps + number, warps, place.cluster),
             copies: Vec::new(),
             groups: [0; LANES],
+            bulk: Vec::new(),
+            cluster_phase: None,
         };
         for (&reg, &(_, constant)) in program.constants.iter().zip(&program.kernel.constants) {
             let value: Wide = std::array::from_fn(|lane| match constant {
@@ -124,12 +146,17 @@ impl Warp {
         self.source(reg).narrow()
     }
 
+    /// A register of 64 bits.
+    pub fn wide(&self, reg: Reg) -> &Wide {
+        &self.wide[usize::from(reg.index)]
+    }
+
     pub fn defined(&self, reg: Reg) -> u32 {
         let bank = if reg.wide { &self.wide_defined } else { &self.narrow_defined };
         bank[usize::from(reg.index)]
     }
 
-    fn define(&mut self, mask: u32, reg: Reg) {
+    pub fn define(&mut self, mask: u32, reg: Reg) {
         let bank = if reg.wide { &mut self.wide_defined } else { &mut self.narrow_defined };
         bank[usize::from(reg.index)] |= mask;
     }
@@ -156,6 +183,14 @@ impl Warp {
         let predicate = &mut self.predicates[usize::from(pred.0)];
         *predicate = *predicate & !mask | value & mask;
         self.predicates_defined[usize::from(pred.0)] |= mask;
+    }
+
+    /// The bulk copies of a lane.
+    pub fn bulk(&mut self, lane: u32) -> &mut BulkGroups {
+        if self.bulk.is_empty() {
+            self.bulk = vec![BulkGroups::default(); LANES];
+        }
+        &mut self.bulk[lane as usize]
     }
 
     /// The predicates of a barrier that has opened.
@@ -214,6 +249,11 @@ impl Warp {
                     continue;
                 }
                 Op::Exit => {
+                    let unread =
+                        |(lane, groups): (usize, &BulkGroups)| active >> lane & 1 == 1 && groups.unread();
+                    if let Some(lane) = self.bulk.iter().enumerate().position(unread) {
+                        return Err(at_lane(lane as u32, Fault::UnreadSource));
+                    }
                     self.live &= !active;
                     self.advance();
                     continue;
@@ -225,7 +265,11 @@ impl Warp {
                 continue;
             }
             self.check(step, program, active)?;
-            let arrival = self.execute(step, active, reach, random, sums, idle)?;
+            let pause = self.execute(step, active, reach, random, sums, idle)?;
+            if let Some(Pause::Again(_)) = pause {
+                reach.counts.instructions[step.class as usize] -= 1;
+                return Ok(pause.expect("it was one"));
+            }
             for &reg in &step.defines {
                 self.define(active, reg);
             }
@@ -233,8 +277,8 @@ impl Warp {
                 self.predicates_defined[usize::from(pred.0)] |= active;
             }
             self.advance();
-            if let Some(arrival) = arrival {
-                return Ok(Pause::Barrier(arrival));
+            if let Some(pause) = pause {
+                return Ok(pause);
             }
         }
         Ok(Pause::Turn)
