@@ -12,7 +12,7 @@
 //! In reading order: this file (what a caller sees), `program` (a kernel made ready), `flow` (where lanes meet again),
 //! `memory`, `arithmetic`, `float`, `matrix` (what instructions compute), `race` (what orders accesses), `access` (loads and
 //! stores), `warp` (registers and lanes), `execute` (what each instruction does), what sm_90 added (`cluster`, `mbarrier`,
-//! `tensor_map`, `bulk`), `grid` (CTAs, barriers, the schedule), `counts`.
+//! `tensor_map`, `bulk`, `wgmma`, `registers`), `grid` (CTAs, barriers, the schedule), `counts`.
 
 mod access;
 mod arithmetic;
@@ -28,8 +28,10 @@ mod mbarrier;
 mod memory;
 mod program;
 mod race;
+mod registers;
 mod tensor_map;
 mod warp;
+mod wgmma;
 
 pub use counts::{Class, Counts, KernelCounts};
 pub use memory::Memory;
@@ -316,6 +318,24 @@ pub enum Fault {
     /// A lane ends, and a bulk copy that it asked for may still read shared memory.
     #[error("it ends before `cp.async.bulk.wait_group.read` of its copies from shared memory")]
     UnreadSource,
+    /// A `wgmma`, or another instruction that has its registers.
+    #[error("wgmma: {problem}")]
+    Wgmma {
+        /// What is wrong.
+        problem: String,
+    },
+    /// A `setmaxnreg` that no warpgroup can do.
+    #[error("setmaxnreg: {problem}")]
+    Registers {
+        /// What is wrong.
+        problem: String,
+    },
+    /// The warps of a warpgroup are at different instructions that all of them must run.
+    #[error("the four warps of a warpgroup must run it together; one is in line {other}")]
+    Apart {
+        /// Where one of them is.
+        other: u32,
+    },
     /// A use of `barrier.cluster` that no kernel can mean.
     #[error("barrier.cluster: {problem}")]
     Cluster {

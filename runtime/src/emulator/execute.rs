@@ -396,11 +396,22 @@ impl Warp {
             }
             Op::BulkCommit => self.commit_bulk(active),
             Op::BulkWait { keep, read } => self.wait_bulk(active, *keep, *read),
-            Op::Wgmma(_) | Op::WgmmaFence | Op::WgmmaCommit | Op::WgmmaWait(_) => {
-                return Err(of_warp(Fault::Unsupported { what: "a wgmma" }));
+            Op::Wgmma(_) | Op::SetMaxRegisters { .. } => {
+                self.together(active)?;
+                *idle = 0;
+                return Ok(Some(Pause::Again(Wait::Warpgroup)));
             }
-            Op::SetMaxRegisters { .. } => {
-                return Err(of_warp(Fault::Unsupported { what: "setmaxnreg" }));
+            Op::WgmmaFence => {
+                self.together(active)?;
+                self.fragments.fence();
+            }
+            Op::WgmmaCommit => {
+                self.together(active)?;
+                self.commit_wgmma();
+            }
+            Op::WgmmaWait(keep) => {
+                self.together(active)?;
+                self.wait_wgmma(active, *keep);
             }
             Op::Branch { .. } | Op::BranchIndexed { .. } | Op::Exit => unreachable!("these are run by `run`"),
         }

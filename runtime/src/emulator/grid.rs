@@ -5,7 +5,7 @@
 //! seed, one or two at a time. Where they do not get on, because they wait for one that has not begun, another is let in: then at
 //! most so many run together as the grid has.
 
-use super::access::{Found, Reach, of_warp};
+use super::access::{Checked, Found, Reach, of_warp};
 use super::cluster::{ClusterBarrier, Landing, MOST_CTAS, SharedMemory};
 use super::counts::{Counts, KernelCounts};
 use super::execute::Arrival;
@@ -13,9 +13,11 @@ use super::mbarrier;
 use super::memory::Memory;
 use super::program::Program;
 use super::race::{Knowledge, Shadow};
+use super::registers::Registers;
 use super::warp::{Pause, Place, Wait, Warp};
+use super::wgmma;
 use super::{Fault, Grid, Options, Report, Sm, Waiting};
-use crate::ptx::{Kernel, ReduceOp};
+use crate::ptx::{Kernel, Op, ReduceOp};
 
 /// Barriers of a CTA (PTX ISA, "bar, barrier").
 const BARRIERS: usize = 16;
@@ -90,6 +92,7 @@ struct Barrier {
 struct Cta {
     index: [u32; 3],
     warps: Vec<Warp>,
+    registers: Registers,
     states: Vec<State>,
     barriers: [Barrier; BARRIERS],
 }
@@ -100,6 +103,7 @@ impl Cta {
         let warps = threads.div_ceil(32);
         Cta {
             index: place.cta,
+            registers: Registers::new(&program.kernel, warps),
             warps: (0..warps).map(|number| Warp::new(program, place, number)).collect(),
             states: vec![State::Ready; warps as usize],
             barriers: std::array::from_fn(|_| Barrier::default()),
@@ -159,6 +163,50 @@ impl Cta {
             }
         }
         Ok(true)
+    }
+}
+
+impl Cta {
+    /// Runs the instruction that a warpgroup is at, if all its warps are.
+    fn run_together(
+        &mut self,
+        warp: usize,
+        program: &Program,
+        reach: &mut Reach<'_>,
+        options: &Options,
+    ) -> Checked<()> {
+        let first = warp / wgmma::WARPS * wgmma::WARPS;
+        let Some(warps) = self.warps.get_mut(first..first + wgmma::WARPS) else {
+            let problem = "the CTA's last warpgroup has not four warps".into();
+            return Err(of_warp(Fault::Wgmma { problem }));
+        };
+        let states = &mut self.states[first..first + wgmma::WARPS];
+        let at_it = |state: &State| matches!(state, State::Waits { on: Wait::Warpgroup, .. });
+        if !states.iter().all(at_it) {
+            return Ok(());
+        }
+        let pc = warps[0].pc();
+        if let Some(other) = warps.iter().find(|warp| warp.pc() != pc) {
+            return Err(of_warp(Fault::Apart { other: other.line }));
+        }
+        let step = &program.code[pc as usize];
+        let goes_on = match &step.op {
+            Op::Wgmma(wgmma) => wgmma::run(warps, step, wgmma, reach, options.sums).map(|()| true)?,
+            Op::SetMaxRegisters { increase, registers } => {
+                self.registers.set(first, wgmma::WARPS, *increase, *registers).map_err(of_warp)?
+            }
+            op => unreachable!("{op:?} is no warpgroup's"),
+        };
+        for (warp, state) in warps.iter_mut().zip(states) {
+            let State::Waits { on, .. } = state else { unreachable!("all of them wait") };
+            *on = Wait::Registers;
+            if goes_on {
+                warp.advance();
+                reach.counts.instructions[step.class as usize] += 1;
+                *state = State::Ready;
+            }
+        }
+        Ok(())
     }
 }
 
@@ -310,8 +358,11 @@ impl Cluster {
         for memory in &mut self.memory {
             happened |= std::mem::take(&mut memory.mbarriers.ended);
         }
+        for cta in &mut self.ctas {
+            happened |= std::mem::take(&mut cta.registers.given);
+        }
         for state in self.ctas.iter_mut().flat_map(|cta| &mut cta.states).filter(|_| happened) {
-            if matches!(state, State::Waits { .. }) {
+            if matches!(state, State::Waits { on: Wait::Mbarrier(_) | Wait::Cluster | Wait::Registers, .. }) {
                 *state = State::Ready;
             }
         }
@@ -327,6 +378,8 @@ impl Cluster {
                     (format!("the mbarrier at {offset:#x}, whose {missing}"), line)
                 }
                 State::Waits { on: Wait::Cluster, line } => ("the cluster's barrier".into(), line),
+                State::Waits { on: Wait::Warpgroup, line } => ("its warpgroup".into(), line),
+                State::Waits { on: Wait::Registers, line } => ("registers".into(), line),
                 State::Ready | State::Done => return None,
             };
             Some(Waiting { cta: self.ctas[rank].index, warp: warp as u32, line, what })
@@ -419,7 +472,13 @@ pub fn run(
                     cta.arrive(warp, line, arrival).map_err(|fault| report(cta, line, of_warp(fault)))?;
                 counts.barriers += u64::from(opened);
             }
-            Pause::Again(on) => cta.states[warp] = State::Waits { on, line },
+            Pause::Again(on) => {
+                cta.states[warp] = State::Waits { on, line };
+                if on == Wait::Warpgroup {
+                    let ran = cta.run_together(warp, program, &mut reach, options);
+                    ran.map_err(|found| report(cta, line, found))?;
+                }
+            }
             Pause::Done => {
                 cta.states[warp] = State::Done;
                 idle = 0;

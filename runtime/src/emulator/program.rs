@@ -7,6 +7,7 @@
 use super::counts::Class;
 use super::flow;
 use crate::ptx::{BarrierOp, Kernel, MatrixA, MbarrierOp, Op, Pred, Reg, Tile, VoteMode};
+use std::collections::HashSet;
 
 /// A kernel that can be launched many times.
 #[derive(Debug)]
@@ -42,6 +43,8 @@ pub(super) struct Step {
     pub define_predicates: Box<[Pred]>,
     /// What `uses` are called in the text.
     pub names: Box<[Reg]>,
+    /// Registers of a `wgmma` that it touches and is none, and what they are called in the text.
+    pub fragments: Box<[(Reg, Reg)]>,
 }
 
 /// How an instruction touches an operand.
@@ -239,7 +242,8 @@ impl Program {
     /// Makes a kernel ready.
     pub fn new(kernel: &Kernel) -> Program {
         let joins = flow::joins(&kernel.code);
-        let [narrow, wide] = [false, true].map(|wide| Sharing::of(kernel, wide));
+        let fragments = fragments(kernel);
+        let [narrow, wide] = [false, true].map(|wide| Sharing::of(kernel, wide, &fragments));
         let place = |reg: Reg| Reg {
             index: if reg.wide { &wide } else { &narrow }.place[usize::from(reg.index)],
             ..reg
@@ -257,22 +261,30 @@ impl Program {
                 defines: [].into(),
                 define_predicates: [].into(),
                 names: [].into(),
+                fragments: [].into(),
             };
             let (mut uses, mut defines, mut names) = (Vec::new(), Vec::new(), Vec::new());
             let (mut use_predicates, mut define_predicates) = (Vec::new(), Vec::new());
+            let mut touched = Vec::new();
             operands(&mut step.op, &mut |operand| match operand {
                 Operand::Use(reg) => {
+                    touched.push((place(*reg), *reg));
                     names.push(*reg);
                     *reg = place(*reg);
                     uses.push(*reg);
                 }
                 Operand::Define(reg) => {
+                    touched.push((place(*reg), *reg));
                     *reg = place(*reg);
                     defines.push(*reg);
                 }
                 Operand::UsePredicate(pred) => use_predicates.push(pred),
                 Operand::DefinePredicate(pred) => define_predicates.push(pred),
             });
+            if !matches!(step.op, Op::Wgmma(_)) {
+                touched.retain(|(_, text)| fragments.contains(text));
+                step.fragments = touched.into();
+            }
             // A copy of what is not defined is not yet a use of it: these hand it on.
             let hands_on =
                 matches!(step.op, Op::Mov { .. } | Op::Selp { .. } | Op::Pack { .. } | Op::Unpack { .. });
@@ -294,6 +306,18 @@ impl Program {
     }
 }
 
+/// Registers that a `wgmma` has: they are in flight behind it, so nobody may share them.
+fn fragments(kernel: &Kernel) -> HashSet<Reg> {
+    let of = |op: &Op| match op {
+        Op::Wgmma(wgmma) => match &wgmma.a {
+            MatrixA::Registers(a) => [&wgmma.d[..], &a[..]].concat(),
+            MatrixA::Shared(..) => wgmma.d.to_vec(),
+        },
+        _ => Vec::new(),
+    };
+    kernel.code.iter().flat_map(|instruction| of(&instruction.op)).collect()
+}
+
 /// Which register of a bank each of the kernel's is.
 struct Sharing {
     place: Vec<u16>,
@@ -302,9 +326,12 @@ struct Sharing {
 
 impl Sharing {
     /// Linear scan (Poletto and Sarkar 1999) over the intervals in which a register may be alive.
-    fn of(kernel: &Kernel, wide: bool) -> Sharing {
+    fn of(kernel: &Kernel, wide: bool, alone: &HashSet<Reg>) -> Sharing {
         let count = usize::from(if wide { kernel.banks.wide } else { kernel.banks.narrow });
-        let intervals = intervals(kernel, wide, count);
+        let mut intervals = intervals(kernel, wide, count);
+        for reg in alone.iter().filter(|reg| reg.wide == wide) {
+            intervals[usize::from(reg.index)] = Some((0, kernel.code.len()));
+        }
         let mut order: Vec<usize> = (0..count).filter(|&reg| intervals[reg].is_some()).collect();
         order.sort_by_key(|&reg| intervals[reg]);
         let mut place = vec![0; count];

@@ -108,6 +108,12 @@ impl Stamp {
         Stamp { agent: ASYNCHRONOUS | who.agent, lane: kind + lane as u8, clock: group + 1 }
     }
 
+    /// `wgmma` of group `group` of the warpgroup that the warp is in.
+    pub fn wgmma(who: &Knowledge, group: u32) -> Stamp {
+        let leader = who.agent - who.own() as u32 % who.warps % 4;
+        Stamp { agent: ASYNCHRONOUS | leader, lane: WGMMA, clock: group + 1 }
+    }
+
     /// What who waited for it knows.
     pub fn known(self) -> ((u32, u8), u32) {
         ((self.agent, self.lane), self.clock)
@@ -155,6 +161,8 @@ pub struct Knowledge {
     agent: u32,
     /// The first warp of its cluster.
     first: u32,
+    /// Warps of its CTA.
+    warps: u32,
     /// The clock of its accesses from now on.
     clock: u32,
     /// For each warp of the cluster, the clock up to which its accesses came before all lanes here. Its own: up to which its
@@ -174,6 +182,7 @@ impl Knowledge {
         Knowledge {
             agent: first + warp,
             first,
+            warps,
             clock: 1,
             seen: vec![0; (warps * ctas) as usize],
             far: Message::new(),

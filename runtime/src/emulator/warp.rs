@@ -10,6 +10,7 @@ use super::execute::{Arrival, AsyncCopy};
 use super::grid::Random;
 use super::program::{Program, Step};
 use super::race::Knowledge;
+use super::wgmma::Fragments;
 use super::{Fault, Sums};
 use crate::ptx::{Constant, Op, Pred, Reg, Special};
 
@@ -45,6 +46,10 @@ pub enum Wait {
     Mbarrier(Location),
     /// The end of a phase of the cluster's barrier.
     Cluster,
+    /// The other warps of its warpgroup, to run the instruction with them.
+    Warpgroup,
+    /// Registers that others give back.
+    Registers,
 }
 
 /// A warp.
@@ -74,6 +79,8 @@ pub struct Warp {
     bulk: Vec<BulkGroups>,
     /// The phase of the cluster's barrier that it has arrived at and not waited for.
     pub cluster_phase: Option<u32>,
+    /// Registers that `wgmma` has.
+    pub fragments: Fragments,
 }
 
 /// What a CTA's threads know of where they are.
@@ -120,6 +127,7 @@ impl Warp {
             groups: [0; LANES],
             bulk: Vec::new(),
             cluster_phase: None,
+            fragments: Fragments::default(),
         };
         for (&reg, &(_, constant)) in program.constants.iter().zip(&program.kernel.constants) {
             let value: Wide = std::array::from_fn(|lane| match constant {
@@ -156,7 +164,12 @@ impl Warp {
         bank[usize::from(reg.index)]
     }
 
-    pub fn define(&mut self, mask: u32, reg: Reg) {
+    /// A register whose lanes are all defined.
+    pub fn defined_narrow(&self, reg: Reg) -> Option<&Narrow> {
+        (self.defined(reg) == ALL).then(|| self.narrow(reg))
+    }
+
+    fn define(&mut self, mask: u32, reg: Reg) {
         let bank = if reg.wide { &mut self.wide_defined } else { &mut self.narrow_defined };
         bank[usize::from(reg.index)] |= mask;
     }
@@ -265,6 +278,9 @@ impl Warp {
                 continue;
             }
             self.check(step, program, active)?;
+            if !step.fragments.is_empty() {
+                self.touch_fragments(step, |reg| program.kernel.register_name(reg))?;
+            }
             let pause = self.execute(step, active, reach, random, sums, idle)?;
             if let Some(Pause::Again(_)) = pause {
                 reach.counts.instructions[step.class as usize] -= 1;
@@ -284,7 +300,13 @@ impl Warp {
         Ok(Pause::Turn)
     }
 
-    fn advance(&mut self) {
+    /// The next instruction.
+    pub fn pc(&self) -> u32 {
+        self.frames.last().map_or(u32::MAX, |frame| frame.pc)
+    }
+
+    /// The next instruction is the one behind it.
+    pub fn advance(&mut self) {
         if let Some(frame) = self.frames.last_mut() {
             frame.pc += 1;
         }
