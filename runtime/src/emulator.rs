@@ -11,25 +11,32 @@
 //!
 //! In reading order: this file (what a caller sees), `program` (a kernel made ready), `flow` (where lanes meet again),
 //! `memory`, `arithmetic`, `float`, `matrix` (what instructions compute), `race` (what orders accesses), `access` (loads and
-//! stores), `warp` (registers and lanes), `execute` (what each instruction does), `grid` (CTAs, barriers, the schedule),
-//! `counts`.
+//! stores), `warp` (registers and lanes), `execute` (what each instruction does), what sm_90 added (`cluster`, `mbarrier`,
+//! `tensor_map`, `bulk`, `wgmma`, `registers`), `grid` (CTAs, barriers, the schedule), `counts`.
 
 mod access;
 mod arithmetic;
+mod bulk;
+mod cluster;
 mod counts;
 mod execute;
 mod float;
 mod flow;
 mod grid;
 mod matrix;
+mod mbarrier;
 mod memory;
 mod program;
 mod race;
+mod registers;
+mod tensor_map;
 mod warp;
+mod wgmma;
 
 pub use counts::{Class, Counts, KernelCounts};
 pub use memory::Memory;
 pub use program::Program;
+pub use tensor_map::{Fill, Swizzle, TensorMap, TensorMapError};
 
 use crate::ptx::{Kernel, Space};
 use std::fmt;
@@ -240,6 +247,18 @@ pub enum Fault {
         /// The one that was there before.
         other: Box<Party>,
     },
+    /// An asynchronous operation meets a byte that a generic instruction wrote, and no fence of the proxies lies between.
+    #[error("no proxy fence of the writer: it {} byte {at} of {of}, which {other}", verb(*.wrote))]
+    Unfenced {
+        /// Which byte.
+        at: u64,
+        /// Of what.
+        of: String,
+        /// Does the asynchronous operation write?
+        wrote: bool,
+        /// The one that was there before.
+        other: Box<Party>,
+    },
     /// `ld.global.nc` of a byte that is written in the same grid.
     #[error("it {} byte {at} of {of}, which {other} in the same grid; one of the two is `.nc`", verb(*.wrote))]
     NonCoherent {
@@ -279,6 +298,49 @@ pub enum Fault {
         id: u32,
         /// What is wrong with it.
         problem: String,
+    },
+    /// A use of an mbarrier that it does not have.
+    #[error("mbarrier at {address:#x} of the CTA of rank {rank}: {problem}")]
+    Mbarrier {
+        /// Rank of its CTA in the cluster.
+        rank: u32,
+        /// Its address in shared memory.
+        address: u64,
+        /// What is wrong.
+        problem: String,
+    },
+    /// A bulk copy by a tensor map that is none.
+    #[error("there is no tensor map at {address:#x}")]
+    NoTensorMap {
+        /// Where.
+        address: u64,
+    },
+    /// A lane ends, and a bulk copy that it asked for may still read shared memory.
+    #[error("it ends before `cp.async.bulk.wait_group.read` of its copies from shared memory")]
+    UnreadSource,
+    /// A `wgmma`, or another instruction that has its registers.
+    #[error("wgmma: {problem}")]
+    Wgmma {
+        /// What is wrong.
+        problem: String,
+    },
+    /// A `setmaxnreg` that no warpgroup can do.
+    #[error("setmaxnreg: {problem}")]
+    Registers {
+        /// What is wrong.
+        problem: String,
+    },
+    /// The warps of a warpgroup are at different instructions that all of them must run.
+    #[error("the four warps of a warpgroup must run it together; one is in line {other}")]
+    Apart {
+        /// Where one of them is.
+        other: u32,
+    },
+    /// A use of `barrier.cluster` that no kernel can mean.
+    #[error("barrier.cluster: {problem}")]
+    Cluster {
+        /// What is wrong.
+        problem: &'static str,
     },
     /// Everybody waits.
     #[error("deadlock: {}", waiting_text(.waiting))]
@@ -330,13 +392,13 @@ pub struct Party {
     pub line: u32,
     /// The CTA.
     pub cta: [u32; 3],
-    /// The warp in it.
-    pub warp: u32,
+    /// The warp in it; `None` for a copy that an mbarrier counts.
+    pub warp: Option<u32>,
     /// The lane, if it was not the whole warp.
     pub lane: Option<u32>,
     /// Did it write?
     pub wrote: bool,
-    /// Is it an asynchronous copy that nobody has waited for?
+    /// Is it an asynchronous operation that nobody has waited for?
     pub in_flight: bool,
 }
 
@@ -344,11 +406,15 @@ impl fmt::Display for Party {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Party { line, cta: [x, y, z], warp, lane, wrote, in_flight } = self;
         let verb = match (in_flight, wrote) {
-            (true, _) => "is being copied to",
+            (true, true) => "is being copied to",
+            (true, false) => "is being read",
             (false, true) => "was written",
             (false, false) => "was read",
         };
-        write!(f, "{verb} in line {line} by CTA ({x}, {y}, {z}), warp {warp}")?;
+        write!(f, "{verb} in line {line} by CTA ({x}, {y}, {z})")?;
+        if let Some(warp) = warp {
+            write!(f, ", warp {warp}")?;
+        }
         lane.map_or(Ok(()), |lane| write!(f, ", lane {lane}"))
     }
 }
@@ -366,13 +432,13 @@ pub struct Waiting {
     pub warp: u32,
     /// Where it waits.
     pub line: u32,
-    /// For which barrier.
-    pub barrier: u32,
+    /// For what.
+    pub what: String,
 }
 
 /// One line for any number of warps.
 fn waiting_text(waiting: &[Waiting]) -> String {
-    let one = |w: &Waiting| format!("warp {} in line {} for barrier {}", w.warp, w.line, w.barrier);
+    let one = |w: &Waiting| format!("warp {} in line {} for {}", w.warp, w.line, w.what);
     let shown: Vec<String> = waiting.iter().take(4).map(one).collect();
     let more = waiting.len().saturating_sub(shown.len());
     format!("{}{}", shown.join(", "), if more > 0 { format!(" and {more} more") } else { String::new() })
@@ -384,6 +450,7 @@ fn named(space: Space) -> &'static str {
         Space::Generic => "memory",
         Space::Global => "global memory",
         Space::Shared => "shared memory",
+        Space::SharedCluster => "shared memory of the cluster",
         Space::Param => "the parameters",
         Space::Const => "constant memory",
     }
@@ -405,7 +472,7 @@ mod tests {
     /// All that a report says, in a line.
     #[test]
     fn reports_are_short() {
-        let waiting = |warp| Waiting { cta: [0; 3], warp, line: 7, barrier: 1 };
+        let waiting = |warp| Waiting { cta: [0; 3], warp, line: 7, what: "barrier 1".into() };
         let fault = Fault::Deadlock { waiting: (0..6).map(waiting).collect() };
         let report = Report { kernel: "k".into(), line: 7, cta: [2, 0, 1], warp: 3, lane: None, fault };
         let waits: Vec<_> = (0..4).map(|warp| format!("warp {warp} in line 7 for barrier 1")).collect();

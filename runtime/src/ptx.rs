@@ -1,4 +1,4 @@
-//! PTX text as a typed module: the instructions of sm_80 that kernels use. `emulator` runs it.
+//! PTX text as a typed module: the instructions of sm_80 and sm_90a that kernels use. `emulator` runs it.
 //!
 //! * Takes: what LLVM's NVPTX back end writes for sm_80 to sm_120, and the inline assembly in it.
 //! * Gives: kernels whose registers, labels and constants are resolved, each instruction with its line.
@@ -10,12 +10,13 @@
 //! Constants, special registers and addresses of variables are registers that are filled before the kernel begins.
 //!
 //! In reading order: this file (the module's types), `op` (the instructions), `lexer`, `parser` (statements and operands),
-//! `opcode` (an instruction's name and operands as an [`Op`]).
+//! `opcode` (an instruction's name and operands as an [`Op`]), `sm90` (those that sm_90 added).
 
 mod lexer;
 mod op;
 mod opcode;
 mod parser;
+mod sm90;
 
 pub use op::*;
 
@@ -136,6 +137,8 @@ pub struct Kernel {
     pub min_ctas: Option<u32>,
     /// `.maxnreg`.
     pub max_registers: Option<u32>,
+    /// `.reqnctapercluster`: CTAs of a cluster, along x.
+    pub cluster: Option<u32>,
     /// Bytes of shared memory that the text declares, without the dynamic part.
     pub static_shared: u32,
     /// Where the dynamic part of shared memory begins: behind all variables that have a size.
@@ -324,6 +327,94 @@ $L__BB0_2:
         }
         with("ld.global.L1::no_allocate.L2::cache_hint.b32 %r3, [%rd2], %rd1;").unwrap();
         with("fence.sc.gpu; prefetch.global.L2 [%rd2]; cp.async.wait_group 2;").unwrap();
+    }
+
+    /// Every form that sm_90 added, with an operand of each kind that it takes.
+    #[test]
+    #[rustfmt::skip] // one form a line
+    fn what_sm_90_added_is_read() {
+        for line in [
+            "mbarrier.init.shared.b64 [%r2], 1;",
+            "mbarrier.init.shared::cta.b64 [%r2+8], %r3;",
+            "mbarrier.inval.shared.b64 [%r2];",
+            "mbarrier.arrive.shared.b64 %rd2, [%r2];",
+            "mbarrier.arrive.shared.b64 %rd2, [%r2], 3;",
+            "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%r2];",
+            "mbarrier.arrive.noComplete.shared.b64 %rd2, [%r2], 1;",
+            "mbarrier.arrive.expect_tx.shared.b64 %rd2, [%r2], 4096;",
+            "mbarrier.arrive.expect_tx.release.cta.shared::cta.b64 _, [%r2], %r3;",
+            "mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%r2], 16;",
+            "mbarrier.complete_tx.relaxed.cluster.shared::cluster.b64 [%r2], 16;",
+            "mbarrier.test_wait.shared.b64 %p1, [%r2], %rd2;",
+            "mbarrier.test_wait.parity.shared.b64 %p1, [%r2], 1;",
+            "mbarrier.try_wait.parity.shared.b64 %p1, [%rd2], %r3;",
+            "mbarrier.try_wait.parity.acquire.cta.shared::cta.b64 %p1, [%r2], %r3, 1000;",
+            "cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%r2];",
+            "cp.async.mbarrier.arrive.shared.b64 [%r2];",
+            "cp.async.bulk.tensor.1d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%r2], [%rd2, {%r3}], [%r3];",
+            "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes [%r2], [%rd2, {%r3, -1, 0, 1, 2}], [%r3];",
+            "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster.L2::cache_hint [%r2], [%rd2, {0, 1}], [%r3], 3, %rd1;",
+            "cp.async.bulk.tensor.3d.global.shared::cta.tile.bulk_group [%rd2, {0, 1, 2}], [%r2];",
+            "cp.reduce.async.bulk.tensor.2d.global.shared::cta.add.tile.bulk_group [%rd2, {0, 1}], [%r2];",
+            "cp.async.bulk.prefetch.tensor.2d.L2.global.tile [%rd2, {0, 1}];",
+            "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%r2], [%rd2], 64, [%r3];",
+            "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%r2], [%rd2], %r3, [%r3], 3;",
+            "cp.async.bulk.global.shared::cta.bulk_group [%rd2], [%r2], 64;",
+            "cp.async.bulk.commit_group; cp.async.bulk.wait_group 0; cp.async.bulk.wait_group.read 2;",
+            "prefetch.tensormap [%rd2]; prefetch.param.tensormap [k_add_param_0];",
+            "wgmma.fence.sync.aligned; wgmma.commit_group.sync.aligned; wgmma.wait_group.sync.aligned 1;",
+            "wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%r0, %r1, %r2, %r3}, %rd1, %rd2, %p1, 1, -1, 0, 1;",
+            "wgmma.mma_async.sync.aligned.m64n8k16.f32.f16.f16 {%r0, %r1, %r2, %r3}, {%r0, %r1, %r2, %r3}, %rd2, 0, 1, 1, 0;",
+            "wgmma.mma_async.sync.aligned.m64n8k32.s32.s8.u8.satfinite {%r0, %r1, %r2, %r3}, %rd1, %rd2, 1;",
+            "fence.proxy.async; fence.proxy.async.shared::cta; fence.proxy.async.global;",
+            "fence.mbarrier_init.release.cluster;",
+            "setmaxnreg.inc.sync.aligned.u32 240; setmaxnreg.dec.sync.aligned.u32 24;",
+            "elect.sync %r3|%p1, -1; elect.sync _|%p1, 0xffffffff;",
+            "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%r2], {%r0, %r1, %r2, %r3};",
+            "stmatrix.sync.aligned.m8n8.x1.shared::cta.b16 [%r2], {%r0};",
+            "mapa.shared::cluster.u32 %r3, %r2, 1; mapa.u64 %rd2, %rd1, %r2;",
+            "getctarank.shared::cluster.u32 %r3, %r2;",
+            "barrier.cluster.arrive.aligned; barrier.cluster.arrive.release.aligned; barrier.cluster.arrive.relaxed.aligned;",
+            "barrier.cluster.wait.aligned; barrier.cluster.wait.acquire.aligned;",
+            "mov.u32 %r3, %cluster_ctarank; mov.u32 %r3, %cluster_nctarank; mov.u32 %r3, %cluster_ctaid.x;",
+            "mov.u32 %r3, %cluster_nctaid.y; mov.u32 %r3, %clusterid.x; mov.u32 %r3, %nclusterid.z;",
+            "ld.shared::cluster.b32 %r3, [%r2]; st.shared::cluster.v2.b32 [%rd2], {%r2, %r3};",
+            "griddepcontrol.wait; griddepcontrol.launch_dependents;",
+            "ex2.approx.ftz.bf16x2 %r3, %r2;",
+        ] {
+            with(line).unwrap_or_else(|error| panic!("{line}: {error}"));
+        }
+        for line in [
+            "mbarrier.init.shared::cluster.b64 [%r2], 1;",
+            "mbarrier.arrive.parity.shared.b64 %rd2, [%r2];",
+            "mbarrier.arrive.shared::cluster.b64 %rd2, [%r2];",
+            "mbarrier.pending_count.b64 %r3, %rd2;",
+            "cp.async.bulk.tensor.6d.global.shared::cta.tile.bulk_group [%rd2, {0, 1, 2}], [%r2];",
+            "cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group [%rd2, {0, 1, 2}], [%r2];",
+            "cp.async.bulk.tensor.3d.global.shared::cta.im2col_no_offs.bulk_group [%rd2, {0, 1, 2}], [%r2];",
+            "wgmma.mma_async.sync.aligned.m64n12k16.f32.bf16.bf16 {%r0, %r1, %r2, %r3}, %rd1, %rd2, 1, 1, 1, 0, 0;",
+            "wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.f16 {%r0, %r1, %r2, %r3}, %rd1, %rd2, 1, 1, 1, 0, 0;",
+            "wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%r0, %r1}, %rd1, %rd2, 1, 1, 1, 0, 0;",
+            "wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%r0, %r1, %r2, %r3}, %rd1, %rd2, 1, 2, 1, 0, 0;",
+            "wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%r0, %r1, %r2, %r3}, %rd1, %rd2, 1, 1, 1, 0;",
+            "setmaxnreg.inc.sync.aligned.u32 25;",
+            "setmaxnreg.sync.aligned.u32 24;",
+            "elect.sync %r3, -1;",
+            "fence.proxy.tensormap::generic.acquire.gpu [%rd2], 128;",
+            "fence.mbarrier_init;",
+            "barrier.cluster.sync.aligned;",
+            "mapa.shared.u32 %r3, %r2, 1;",
+            "griddepcontrol.go;",
+        ] {
+            assert!(with(line).is_err(), "{line}");
+        }
+        let map = KERNEL.replacen("\t.param .u64 k_add_param_1", "\t.param .align 64 .b8 k_add_param_1[128]", 1);
+        let map = map.replacen(")\n{", ")\n.maxntid 384\n.explicitcluster\n.reqnctapercluster 2, 1, 1\n{", 1);
+        let map = map.replacen("ret;", "mov.b64 %rd2, k_add_param_1; cvta.param.u64 %rd3, %rd2; ret;", 1);
+        let module = Module::parse(&map).unwrap();
+        let kernel = &module.kernels[0];
+        assert_eq!((kernel.cluster, kernel.params[1].offset, kernel.param_bytes()), (Some(2), 64, 192));
+        assert!(Module::parse(&map.replacen("2, 1, 1", "1, 2, 1", 1)).is_err());
     }
 
     #[test]

@@ -3,10 +3,11 @@
 //! The first comment lines of a file say what it shows, how it is launched, and what the emulator must give or report:
 //!
 //! ```text
-//! // launch: ctas=2 threads=64 shared=1024 sm=sm_80
+//! // launch: ctas=2 threads=64 shared=1024 sm=sm_80 cluster=1
 //! // param: out u32[64]             a buffer, nothing of it written
 //! // param: in u32[64] = index      a buffer with 0, 1, 2, ...; or with the values that are listed, over and over
 //! // param: n u32 = 7               a number
+//! // param: m map = in f32 dims=6,3 strides=32 box=8,2 swizzle=32   a tensor map of a buffer above
 //! // expect: out = 0 1 2 3          what it begins with
 //! // report: text                   instead: the report has this text
 //! // plant: `from` => `to` => text  with the first `from` in the text replaced by `to`, the report has this text
@@ -14,8 +15,8 @@
 //!
 //! Each is run under several seeds, and must hold under every one.
 
-use runtime::emulator::{Grid, Memory, Options, Report, Sums, launch};
-use runtime::ptx::Module;
+use runtime::emulator::{Fill, Grid, Memory, Options, Report, Sums, Swizzle, TensorMap, launch};
+use runtime::ptx::{Module, Type};
 use std::fs;
 use std::path::Path;
 use std::str::FromStr;
@@ -24,8 +25,48 @@ const SEEDS: u64 = 8;
 
 #[derive(Debug)]
 enum Param {
-    Buffer { name: String, ty: String, count: usize, values: Vec<String> },
-    Number { ty: String, value: String },
+    Buffer {
+        name: String,
+        ty: String,
+        count: usize,
+        values: Vec<String>,
+    },
+    Number {
+        ty: String,
+        value: String,
+    },
+    /// A map of the buffer of that name.
+    Map {
+        of: String,
+        map: TensorMap,
+    },
+}
+
+/// `in f32 dims=6,3 strides=32 box=8,2 swizzle=32 every=2,1`: all but type, dims and box may be left out.
+fn map(words: &[String]) -> Param {
+    let list = |key: &str| -> Option<Vec<u64>> {
+        let value = words.iter().find_map(|word| word.strip_prefix(key)?.strip_prefix('='))?;
+        Some(value.split(',').map(parsed).collect())
+    };
+    let small = |numbers: Vec<u64>| numbers.into_iter().map(|number| number as u32).collect::<Vec<_>>();
+    let dims = list("dims").expect("dims");
+    let map = TensorMap {
+        dtype: Type::ALL.iter().find(|(name, _)| *name == words[1]).expect("a type").1,
+        base: 0,
+        strides: list("strides").unwrap_or_default(),
+        tile: small(list("box").expect("a box")),
+        element_strides: list("every").map_or(vec![1; dims.len()], small),
+        swizzle: match list("swizzle").map(|list| list[0]) {
+            None => Swizzle::None,
+            Some(32) => Swizzle::Bytes32,
+            Some(64) => Swizzle::Bytes64,
+            Some(128) => Swizzle::Bytes128,
+            Some(other) => panic!("no swizzle: {other}"),
+        },
+        fill: if words.iter().any(|word| word == "nan") { Fill::Nan } else { Fill::Zeros },
+        dims,
+    };
+    Param::Map { of: words[0].clone(), map }
 }
 
 #[derive(Debug, Default)]
@@ -33,6 +74,7 @@ struct Case {
     ctas: u32,
     threads: u32,
     shared: u32,
+    cluster: u32,
     sm: String,
     params: Vec<Param>,
     expect: Vec<(String, Vec<String>)>,
@@ -41,7 +83,7 @@ struct Case {
 }
 
 fn case(text: &str) -> Case {
-    let mut case = Case { ctas: 1, threads: 32, sm: "sm_80".into(), ..Case::default() };
+    let mut case = Case { ctas: 1, threads: 32, cluster: 1, sm: "sm_80".into(), ..Case::default() };
     for line in text.lines().map_while(|line| line.strip_prefix("//")) {
         let Some((key, rest)) = line.trim().split_once(": ") else { continue };
         let words = || rest.split_whitespace();
@@ -53,6 +95,7 @@ fn case(text: &str) -> Case {
                     "ctas" => case.ctas = number(),
                     "threads" => case.threads = number(),
                     "shared" => case.shared = number(),
+                    "cluster" => case.cluster = number(),
                     "sm" => case.sm = value.into(),
                     _ => panic!("unknown: {word}"),
                 }
@@ -67,6 +110,7 @@ fn case(text: &str) -> Case {
                         let count = count.parse().expect("a count");
                         Param::Buffer { name, ty: ty.into(), count, values }
                     }
+                    None if ty == "map" => map(&values),
                     None => Param::Number { ty, value: values[0].clone() },
                 });
             }
@@ -125,14 +169,18 @@ fn run(case: &Case, text: &str, seed: u64) -> Result<Vec<(String, String, Vec<u8
                 address.to_le_bytes().to_vec()
             }
             Param::Number { ty, value } => bytes(ty, value),
+            Param::Map { of, map } => {
+                let of = buffers.iter().find(|(name, ..)| name == of).expect("a buffer above");
+                TensorMap { base: of.2, ..map.clone() }.encode().expect("a map").to_vec()
+            }
         };
-        params.resize(params.len().next_multiple_of(value.len()), 0);
+        params.resize(params.len().next_multiple_of(value.len().min(64)), 0);
         params.extend(value);
     }
     let grid = Grid {
         ctas: [case.ctas, 1, 1],
         threads: [case.threads, 1, 1],
-        cluster: 1,
+        cluster: case.cluster,
         dynamic_shared: case.shared,
     };
     // Kernels hold under both ways to add.

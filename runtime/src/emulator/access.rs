@@ -1,10 +1,11 @@
 //! Loads and stores of a warp: addresses, bounds, alignment, what was written before it is read, and by whom.
 
 use super::arithmetic::{LANES, Wide};
+use super::cluster::{self, ClusterBarrier, Landing, SharedMemory};
 use super::counts::KernelCounts;
-use super::memory::{Bytes, Memory};
+use super::memory::Memory;
 use super::program::Program;
-use super::race::{Cell, Conflict, How, Knowledge, Shadow, WHOLE};
+use super::race::{Cell, Conflict, How, Knowledge, Reason, Shadow, WHOLE};
 use super::{Fault, Party};
 use crate::ptx::Space;
 use std::ops::Range;
@@ -45,20 +46,31 @@ pub struct Reach<'a> {
     pub memory: &'a mut Memory,
     /// Who accessed global memory in this grid, by allocation.
     pub shadows: &'a mut [Shadow],
-    pub shared: &'a mut Bytes,
-    pub shared_shadow: &'a mut Shadow,
+    /// Shared memory of the CTAs of the cluster, by rank.
+    pub cluster: &'a mut [SharedMemory],
+    /// Which of them is the own.
+    pub rank: usize,
+    pub cluster_barrier: &'a mut ClusterBarrier,
+    /// Copies to shared memory that mbarriers do not know to have ended.
+    pub landings: &'a mut Vec<Landing>,
     pub params: &'a [u8],
     pub counts: &'a mut KernelCounts,
     /// To name others in a report: the code, the grid, warps of a CTA.
     pub program: &'a Program,
     pub ctas: [u32; 3],
     pub warps: u32,
+    /// The CTA's number in the grid.
+    pub number: u32,
 }
+
+/// A byte of the shared memory of a cluster: the CTA's rank, and where it is there.
+pub type Location = (usize, usize);
 
 /// Bytes that an access found.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Spot {
-    Shared(Range<usize>),
+    /// In the CTA of that rank.
+    Shared(usize, Range<usize>),
     /// In the allocation of that number.
     Global(usize, Range<usize>),
     Params(Range<usize>),
@@ -117,7 +129,10 @@ impl Access {
     /// The space that generic addresses point to. All lanes must agree, as they do where code is generated.
     fn find_space(&mut self) -> Checked<()> {
         let space = |address: u64| match address {
-            SHARED_WINDOW.. if address < SHARED_WINDOW + WINDOW_BYTES => (Space::Shared, SHARED_WINDOW),
+            SHARED_WINDOW.. if address < SHARED_WINDOW + cluster::STRIDE => (Space::Shared, SHARED_WINDOW),
+            SHARED_WINDOW.. if address < SHARED_WINDOW + WINDOW_BYTES => {
+                (Space::SharedCluster, SHARED_WINDOW)
+            }
             PARAM_WINDOW.. if address < PARAM_WINDOW + WINDOW_BYTES => (Space::Param, PARAM_WINDOW),
             _ => (Space::Global, 0),
         };
@@ -172,13 +187,35 @@ impl Reach<'_> {
             }
         };
         match space {
-            Space::Shared => of(self.shared.len(), "the CTA has").map(Spot::Shared),
+            Space::Shared => of(self.cluster[self.rank].bytes.len(), "the CTA has")
+                .map(|range| Spot::Shared(self.rank, range)),
+            Space::SharedCluster => self.find_in_cluster(address, bytes),
             Space::Global => {
                 self.memory.locate(address, bytes).map(|(index, range)| Spot::Global(index, range))
             }
             Space::Param | Space::Const | Space::Generic => {
                 of(self.params.len(), "there are").map(Spot::Params)
             }
+        }
+    }
+
+    /// The shared memory of the own CTA.
+    pub fn own(&mut self) -> &mut SharedMemory {
+        &mut self.cluster[self.rank]
+    }
+
+    fn find_in_cluster(&self, address: u64, bytes: usize) -> Result<Spot, Fault> {
+        let (rank, offset) = cluster::place(self.rank, address);
+        let Some(memory) = self.cluster.get(rank) else {
+            return Err(cluster::no_rank(rank as u64, self.cluster.len()));
+        };
+        let outside = |near: String| {
+            Err(Fault::OutOfBounds { space: Space::SharedCluster, address, bytes: bytes as u32, near })
+        };
+        match offset as usize + bytes <= memory.bytes.len() {
+            _ if memory.gone => outside(format!("the CTA of rank {rank} has ended")),
+            true => Ok(Spot::Shared(rank, offset as usize..offset as usize + bytes)),
+            false => outside(format!("a CTA has {} bytes", memory.bytes.len())),
         }
     }
 
@@ -197,7 +234,7 @@ impl Reach<'_> {
     /// Is the access ordered with those before it? It is remembered for those to come.
     pub fn watch(&mut self, spot: &Spot, run: Run, bytes: u32, how: How, who: &Knowledge) -> Checked<()> {
         let (shadow, range) = match spot {
-            Spot::Shared(range) => (&mut *self.shared_shadow, range),
+            Spot::Shared(rank, range) => (&mut self.cluster[*rank].shadow, range),
             // What nobody can write needs no watching.
             Spot::Global(index, range) if !self.memory.bytes(*index).read_only() => {
                 (&mut self.shadows[*index], range)
@@ -207,33 +244,45 @@ impl Reach<'_> {
         let run_bytes = (range.start, range.len());
         let how = How { whole: how.whole || run.lanes > 1 && run.stride == 0, ..how };
         shadow.access(who, how, (run.first, bytes as usize), run_bytes).map_err(|conflict| {
-            let Conflict { at, lane, other, other_wrote, non_coherent } = conflict;
+            let Conflict { at, lane, other, other_wrote, reason } = conflict;
             let (at, of, wrote, other) =
                 (at as u64, self.name(spot), how.write, Box::new(self.party(other, other_wrote)));
-            let fault = match non_coherent {
-                true => Fault::NonCoherent { at, of, wrote, other },
-                false => Fault::Race { at, of, wrote, other },
+            let fault = match reason {
+                Reason::NonCoherent => Fault::NonCoherent { at, of, wrote, other },
+                Reason::Race => Fault::Race { at, of, wrote, other },
+                Reason::Unfenced => Fault::Unfenced { at, of, wrote, other },
             };
             at_lane(lane, fault)
         })
     }
 
+    /// As [`Reach::watch`], of an operation of one lane on any number of bytes.
+    pub fn watch_bytes(&mut self, spot: &Spot, run: Run, how: How, who: &Knowledge) -> Checked<()> {
+        let (Spot::Shared(_, range) | Spot::Global(_, range) | Spot::Params(range)) = spot;
+        // As large an access as its address and length allow.
+        let granule = 1 << (range.start | range.len() | 16).trailing_zeros();
+        self.watch(spot, run, granule, how, who)
+    }
+
     /// Who made an access.
     fn party(&self, cell: Cell, wrote: bool) -> Party {
-        let (number, [x, y, _]) = (cell.agent / self.warps, self.ctas);
+        let warp = cell.warp();
+        let number = warp.map_or(self.number, |warp| warp / self.warps);
+        let [x, y, _] = self.ctas;
         Party {
             line: self.program.code[usize::from(cell.pc)].line,
             cta: [number % x, number / x % y, number / x / y],
-            warp: cell.agent % self.warps,
-            lane: (cell.lane != WHOLE).then_some(u32::from(cell.lane)),
+            warp: warp.map(|warp| warp % self.warps),
+            lane: (cell.lane < WHOLE).then_some(u32::from(cell.lane)),
             wrote,
-            in_flight: cell.in_flight(),
+            in_flight: cell.in_flight() || cell.asynchronous(),
         }
     }
 
     fn name(&self, spot: &Spot) -> String {
         match spot {
-            Spot::Shared(_) => "shared memory".into(),
+            Spot::Shared(rank, _) if *rank == self.rank => "shared memory".into(),
+            Spot::Shared(rank, _) => format!("shared memory of the CTA of rank {rank}"),
             Spot::Global(index, _) => format!("`{}`", self.memory.name(*index)),
             Spot::Params(_) => "the parameters".into(),
         }
@@ -242,7 +291,7 @@ impl Reach<'_> {
     /// The bytes, all of them written before. They are of lanes from `run.first` on, `bytes` each.
     pub fn read(&self, spot: &Spot, run: Run, bytes: u32) -> Checked<&[u8]> {
         let (all, range) = match spot {
-            Spot::Shared(range) => (&*self.shared, range),
+            Spot::Shared(rank, range) => (&self.cluster[*rank].bytes, range),
             Spot::Global(index, range) => (self.memory.bytes(*index), range),
             Spot::Params(range) => return Ok(&self.params[range.clone()]),
         };
@@ -258,7 +307,7 @@ impl Reach<'_> {
     /// Writes bytes that a run's lanes have.
     pub fn write(&mut self, spot: &Spot, run: Run, from: &[u8]) -> Checked<()> {
         let (to, range) = match spot {
-            Spot::Shared(range) => (&mut *self.shared, range),
+            Spot::Shared(rank, range) => (&mut self.cluster[*rank].bytes, range),
             Spot::Global(index, range) => (self.memory.bytes_mut(*index), range),
             Spot::Params(_) => {
                 return Err(at_lane(
@@ -278,7 +327,7 @@ impl Reach<'_> {
     /// Strong reads take over what was released at their places.
     pub fn acquire(&mut self, spot: &Spot, run: Run, who: &mut Knowledge, acquires: bool) {
         let (shadow, range) = match spot {
-            Spot::Shared(range) => (&mut *self.shared_shadow, range),
+            Spot::Shared(rank, range) => (&mut self.cluster[*rank].shadow, range),
             Spot::Global(index, range) => (&mut self.shadows[*index], range),
             Spot::Params(_) => return,
         };
@@ -290,7 +339,7 @@ impl Reach<'_> {
     /// Strong writes publish what their lanes know; an atomic goes on with what was published before.
     pub fn release(&mut self, spot: &Spot, run: Run, who: &mut Knowledge, (releases, atomic): (bool, bool)) {
         let (shadow, range) = match spot {
-            Spot::Shared(range) => (&mut *self.shared_shadow, range),
+            Spot::Shared(rank, range) => (&mut self.cluster[*rank].shadow, range),
             Spot::Global(index, range) => (&mut self.shadows[*index], range),
             Spot::Params(_) => return,
         };
@@ -310,7 +359,7 @@ impl Reach<'_> {
                 self.counts.shared_passes += passes;
                 self.counts.bank_conflicts += passes - least;
             }
-            Space::Param | Space::Const | Space::Generic => {}
+            Space::Param | Space::Const | Space::Generic | Space::SharedCluster => {}
         }
     }
 }

@@ -68,6 +68,17 @@ impl Class {
             Op::Mma { .. } => Class::Matrix,
             Op::LoadMatrix { .. } => Class::MatrixLoad,
             Op::Copy { .. } | Op::CopyCommit | Op::CopyWait(_) => Class::AsyncCopy,
+            Op::TileLoad { .. } | Op::TileStore { .. } | Op::BulkLoad { .. } | Op::BulkStore { .. } => {
+                Class::AsyncCopy
+            }
+            Op::BulkCommit | Op::BulkWait { .. } => Class::AsyncCopy,
+            Op::StoreMatrix { .. } => Class::Store,
+            Op::Wgmma(_) => Class::Matrix,
+            Op::Elect { .. } => Class::Exchange,
+            Op::MapA { .. } | Op::GetCtaRank { .. } => Class::Integer,
+            Op::FenceProxyAsync | Op::FenceMbarrierInit | Op::Mbarrier { .. } => Class::Synchronise,
+            Op::WgmmaFence | Op::WgmmaCommit | Op::WgmmaWait(_) => Class::Synchronise,
+            Op::SetMaxRegisters { .. } | Op::ClusterArrive { .. } | Op::ClusterWait => Class::Synchronise,
         }
     }
 }

@@ -4,11 +4,12 @@ use super::access::{
     Access, Checked, PARAM_WINDOW, Reach, Run, SHARED_WINDOW, Spot, at_lane, lanes, of_warp,
 };
 use super::arithmetic::{self as math, LANES, Lanes, Source, Wide};
+use super::cluster;
 use super::grid::Random;
 use super::matrix;
 use super::program::Step;
-use super::race::How;
-use super::warp::{ALL, Warp, blend};
+use super::race::{How, Message};
+use super::warp::{ALL, Pause, Wait, Warp, blend};
 use super::{Fault, Sums};
 use crate::ptx::{
     Address, AtomicOp, BarrierOp, Logic, Op, Order, Pred, ReduceOp, Reg, ShuffleMode, Space, Type, UnaryOp,
@@ -53,7 +54,7 @@ impl Warp {
         random: &mut Random,
         sums: Sums,
         idle: &mut u64,
-    ) -> Checked<Option<Arrival>> {
+    ) -> Checked<Option<Pause>> {
         match &step.op {
             Op::Mov { d, a } => {
                 let defined = self.defined(*a);
@@ -147,7 +148,7 @@ impl Warp {
             }
             Op::Cvta { space, to, d, a } => {
                 let window = match space {
-                    Space::Shared => SHARED_WINDOW,
+                    Space::Shared | Space::SharedCluster => SHARED_WINDOW,
                     Space::Param => PARAM_WINDOW,
                     Space::Global | Space::Generic | Space::Const => 0,
                 };
@@ -209,13 +210,13 @@ impl Warp {
                     BarrierOp::Reduce(d, op, a) => (Some((*op, *d)), self.predicate(*a) & active),
                     BarrierOp::Sync | BarrierOp::Arrive => (None, 0),
                 };
-                return Ok(Some(Arrival {
+                return Ok(Some(Pause::Barrier(Arrival {
                     id: self.uniform(*id, active)?,
                     threads: threads.map(|threads| self.uniform(threads, active)).transpose()?,
                     waits: *op != BarrierOp::Arrive,
                     reduce,
                     votes,
-                }));
+                })));
             }
             Op::WarpSync { mask } => {
                 let mask = self.named(*mask, active)?;
@@ -316,24 +317,101 @@ impl Warp {
                 }
             }
             Op::CopyCommit => lanes(active).for_each(|lane| self.groups[lane as usize] += 1),
-            Op::CopyWait(keep) => {
-                for copy in std::mem::take(&mut self.copies) {
-                    let open = self.groups[copy.lane as usize];
-                    let covered = keep.is_none_or(|keep| copy.group + keep < open);
-                    if !covered || active >> copy.lane & 1 == 0 {
-                        self.copies.push(copy);
-                        continue;
-                    }
-                    if !copy.landed {
-                        copy.land(reach)?;
-                    }
-                    reach.shared_shadow.settle(
-                        &self.knowledge,
-                        copy.lane,
-                        copy.to as usize,
-                        copy.bytes as usize,
-                    );
+            Op::CopyWait(keep) => self.finish_copies(active, *keep, reach)?,
+            Op::FenceProxyAsync => self.knowledge.proxy_fence(active, active == self.live, false),
+            Op::FenceMbarrierInit => self.knowledge.proxy_fence(active, active == self.live, true),
+            Op::Mbarrier { op, space, address } => {
+                *idle = 0;
+                return self.mbarrier(step, (op, *space, *address), active, reach);
+            }
+            Op::StoreMatrix { trans, address, a } => {
+                self.together(active)?;
+                *idle = 0;
+                self.store_matrix(step.pc, *trans, a, *address, reach)?;
+            }
+            Op::Elect { d, p, mask } => {
+                let active = self.named(*mask, active)?;
+                // Which lane is elected is not said, but that it is the same for the same mask.
+                let lane = active.trailing_zeros();
+                if let Some(d) = *d {
+                    self.put(active, d, Lanes::Narrow([lane; LANES]));
                 }
+                self.put_predicate(active, *p, 1 << lane);
+            }
+            Op::MapA { space, d, a, rank } => {
+                let window = window(*space);
+                let ctas = reach.cluster.len();
+                let ranks = self.narrow(*rank);
+                if let Some(lane) = lanes(active).find(|&lane| ranks[lane as usize] as usize >= ctas) {
+                    return Err(at_lane(lane, cluster::no_rank(u64::from(ranks[lane as usize]), ctas)));
+                }
+                let a = self.source(*a).extended(if a.wide { Type::U64 } else { Type::U32 });
+                let value = std::array::from_fn(|lane| {
+                    window + cluster::address(ranks[lane], a[lane].wrapping_sub(window))
+                });
+                self.put(active, *d, Lanes::Wide(value));
+            }
+            Op::GetCtaRank { space, d, a } => {
+                let window = window(*space);
+                let a = self.source(*a).extended(if a.wide { Type::U64 } else { Type::U32 });
+                let rank = |a: u64| cluster::place(reach.rank, a.wrapping_sub(window)).0 as u32;
+                self.put(active, *d, Lanes::Narrow(math::map(&a, rank)));
+            }
+            Op::ClusterArrive { releases } => {
+                self.together(active)?;
+                *idle = 0;
+                if self.cluster_phase.is_some() {
+                    return Err(of_warp(Fault::Cluster { problem: "the warp arrives twice" }));
+                }
+                let sent = if *releases { self.knowledge.send(active, true) } else { Message::new() };
+                self.cluster_phase = Some(reach.cluster_barrier.arrive(&sent));
+            }
+            Op::ClusterWait => {
+                self.together(active)?;
+                *idle = 0;
+                let Some(phase) = self.cluster_phase else {
+                    return Err(of_warp(Fault::Cluster { problem: "the warp waits and has not arrived" }));
+                };
+                let Some(released) = reach.cluster_barrier.released(phase) else {
+                    return Ok(Some(Pause::Again(Wait::Cluster)));
+                };
+                self.knowledge.learn(active, true, released);
+                self.cluster_phase = None;
+            }
+            Op::TileLoad { d, tile, mbarrier, multicast } => {
+                *idle = 0;
+                self.load_tile(step, (*d, tile, *mbarrier, *multicast), active, reach)?;
+            }
+            Op::BulkLoad { d, a, bytes, mbarrier, multicast } => {
+                *idle = 0;
+                self.load_bulk(step, (*d, *a, *bytes, *mbarrier, *multicast), active, reach)?;
+            }
+            Op::TileStore { tile, a, reduce } => {
+                *idle = 0;
+                self.store_tile(step, (tile, *a, *reduce), active, reach)?;
+            }
+            Op::BulkStore { d, a, bytes } => {
+                *idle = 0;
+                self.store_bulk(step, (*d, *a, *bytes), active, reach)?;
+            }
+            Op::BulkCommit => self.commit_bulk(active),
+            Op::BulkWait { keep, read } => self.wait_bulk(active, *keep, *read),
+            Op::Wgmma(_) | Op::SetMaxRegisters { .. } => {
+                self.together(active)?;
+                *idle = 0;
+                return Ok(Some(Pause::Again(Wait::Warpgroup)));
+            }
+            Op::WgmmaFence => {
+                self.together(active)?;
+                self.fragments.fence();
+            }
+            Op::WgmmaCommit => {
+                self.together(active)?;
+                self.commit_wgmma();
+            }
+            Op::WgmmaWait(keep) => {
+                self.together(active)?;
+                self.wait_wgmma(active, *keep);
             }
             Op::Branch { .. } | Op::BranchIndexed { .. } | Op::Exit => unreachable!("these are run by `run`"),
         }
@@ -341,7 +419,7 @@ impl Warp {
     }
 
     /// All lanes of the warp must be here.
-    fn together(&self, active: u32) -> Checked<()> {
+    pub fn together(&self, active: u32) -> Checked<()> {
         if active == self.existing {
             return Ok(());
         }
@@ -349,7 +427,7 @@ impl Warp {
     }
 
     /// The lanes that a mask names, and no others, must be here.
-    fn named(&self, mask: Reg, active: u32) -> Checked<u32> {
+    pub fn named(&self, mask: Reg, active: u32) -> Checked<u32> {
         let masks = self.narrow(mask);
         for lane in lanes(active) {
             let expected = masks[lane as usize] & self.existing;
@@ -370,7 +448,7 @@ impl Warp {
         }
     }
 
-    fn addresses(&self, address: Address) -> Wide {
+    pub fn addresses(&self, address: Address) -> Wide {
         let offset = address.offset as u64;
         match self.source(address.base) {
             Source::Narrow(base) => math::map(base, |base| u64::from(base).wrapping_add(offset)),
@@ -471,6 +549,25 @@ impl Warp {
         Ok(())
     }
 
+    /// Copies of the lanes of `active` arrive, all but those of each lane's newest `keep` groups; `None`: all, committed or
+    /// not.
+    pub fn finish_copies(&mut self, active: u32, keep: Option<u32>, reach: &mut Reach<'_>) -> Checked<()> {
+        for copy in std::mem::take(&mut self.copies) {
+            let open = self.groups[copy.lane as usize];
+            let covered = keep.is_none_or(|keep| copy.group + keep < open);
+            if !covered || active >> copy.lane & 1 == 0 {
+                self.copies.push(copy);
+                continue;
+            }
+            if !copy.landed {
+                copy.land(reach)?;
+            }
+            let (offset, bytes) = (copy.to as usize, copy.bytes as usize);
+            reach.own().shadow.settle(&self.knowledge, copy.lane, offset, bytes);
+        }
+        Ok(())
+    }
+
     /// An asynchronous copy begins: its target is nobody's until it is waited for.
     fn request(&self, copy: &AsyncCopy, pc: u16, reach: &mut Reach<'_>) -> Checked<()> {
         // Any number of bytes may be read, in pieces as large as an access may have.
@@ -520,6 +617,38 @@ impl Warp {
     }
 }
 
+impl Warp {
+    /// As [`Warp::load_matrix`], in the other direction.
+    fn store_matrix(
+        &mut self,
+        pc: u16,
+        trans: bool,
+        a: &[Reg],
+        address: Address,
+        reach: &mut Reach<'_>,
+    ) -> Checked<()> {
+        let rows = ALL >> (LANES - 8 * a.len());
+        let access = Access::new(Space::Shared, self.addresses(address), rows, 16)?;
+        reach.count(&access, true);
+        let mut bytes = [0; 16 * LANES];
+        for (matrix, &a) in a.iter().enumerate() {
+            for (lane, value) in self.narrow(a).iter().enumerate() {
+                for (i, (row, column)) in matrix::place_ldmatrix(lane, trans).into_iter().enumerate() {
+                    let at = 16 * (8 * matrix + row) + 2 * column;
+                    bytes[at..at + 2].copy_from_slice(&value.to_le_bytes()[2 * i..2 * i + 2]);
+                }
+            }
+        }
+        for run in access.runs(false) {
+            let spot = reach.spot(Space::Shared, run, 16)?;
+            let how = How { write: true, whole: true, pc, ..How::default() };
+            reach.watch(&spot, run, 16, how, &self.knowledge)?;
+            reach.write(&spot, run, &bytes[16 * run.first as usize..][..run.len(16)])?;
+        }
+        Ok(())
+    }
+}
+
 impl AsyncCopy {
     /// Where it reads, if it does.
     fn source(&self, reach: &Reach<'_>) -> Checked<Option<(Run, Spot)>> {
@@ -544,6 +673,11 @@ impl AsyncCopy {
         let (run, spot) = self.target(reach)?;
         reach.write(&spot, run, &data[..self.bytes as usize])
     }
+}
+
+/// Where shared memory begins among the addresses of `mapa` and `getctarank`.
+fn window(space: Space) -> u64 {
+    if space == Space::Generic { SHARED_WINDOW } else { 0 }
 }
 
 fn select(chosen: u32, a: Lanes, b: Lanes) -> Lanes {
@@ -576,7 +710,7 @@ fn extended(ty: Type, bytes: &[u8]) -> u64 {
 }
 
 /// What an atomic or a reduction makes of two values.
-fn combine(op: AtomicOp, ty: Type, a: u64, b: u64) -> u64 {
+pub fn combine(op: AtomicOp, ty: Type, a: u64, b: u64) -> u64 {
     use crate::ptx::{BinaryOp, FloatMode};
     let binary = |op| {
         let lanes = if ty.wide() {

@@ -1,18 +1,23 @@
 //! CTAs and their barriers, and who runs when.
 //!
-//! A turn is some instructions of one warp; the seed chooses the warp and how many. CTAs begin in an order by seed, one
-//! or two at a time. Where they do not get on, because they wait for one that has not begun, another is let in: then at
+//! A turn is some instructions of one warp; the seed chooses the warp and how many. Bulk copies end at once, or at any
+//! time, or when nobody can go on without them: by seed too. Clusters, or CTAs where there are none, begin in an order by
+//! seed, one or two at a time. Where they do not get on, because they wait for one that has not begun, another is let in: then at
 //! most so many run together as the grid has.
 
-use super::access::{Found, Reach, of_warp};
+use super::access::{Checked, Found, Reach, of_warp};
+use super::cluster::{ClusterBarrier, Landing, MOST_CTAS, SharedMemory};
 use super::counts::{Counts, KernelCounts};
 use super::execute::Arrival;
-use super::memory::{Bytes, Memory};
+use super::mbarrier;
+use super::memory::Memory;
 use super::program::Program;
 use super::race::{Knowledge, Shadow};
-use super::warp::{Pause, Place, Warp};
-use super::{Fault, Grid, Options, Report, Waiting};
-use crate::ptx::{Kernel, ReduceOp};
+use super::registers::Registers;
+use super::warp::{Pause, Place, Wait, Warp};
+use super::wgmma;
+use super::{Fault, Grid, Options, Report, Sm, Waiting};
+use crate::ptx::{Kernel, Op, ReduceOp};
 
 /// Barriers of a CTA (PTX ISA, "bar, barrier").
 const BARRIERS: usize = 16;
@@ -61,7 +66,16 @@ impl Random {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum State {
     Ready,
-    Waits { barrier: u32, line: u32 },
+    /// At a barrier of the CTA.
+    Barrier {
+        id: u32,
+        line: u32,
+    },
+    /// Before an instruction.
+    Waits {
+        on: Wait,
+        line: u32,
+    },
     Done,
 }
 
@@ -77,9 +91,8 @@ struct Barrier {
 
 struct Cta {
     index: [u32; 3],
-    shared: Bytes,
-    shadow: Shadow,
     warps: Vec<Warp>,
+    registers: Registers,
     states: Vec<State>,
     barriers: [Barrier; BARRIERS],
 }
@@ -90,8 +103,7 @@ impl Cta {
         let warps = threads.div_ceil(32);
         Cta {
             index: place.cta,
-            shared: Bytes::unwritten(place.shared_bytes as usize),
-            shadow: Shadow::shared(warps),
+            registers: Registers::new(&program.kernel, warps),
             warps: (0..warps).map(|number| Warp::new(program, place, number)).collect(),
             states: vec![State::Ready; warps as usize],
             barriers: std::array::from_fn(|_| Barrier::default()),
@@ -124,7 +136,7 @@ impl Cta {
         barrier.arrived += 32;
         barrier.warps.push((warp as u32, arrival));
         if arrival.waits {
-            self.states[warp] = State::Waits { barrier: arrival.id, line };
+            self.states[warp] = State::Barrier { id: arrival.id, line };
         }
         if barrier.arrived < threads {
             return Ok(false);
@@ -151,6 +163,50 @@ impl Cta {
             }
         }
         Ok(true)
+    }
+}
+
+impl Cta {
+    /// Runs the instruction that a warpgroup is at, if all its warps are.
+    fn run_together(
+        &mut self,
+        warp: usize,
+        program: &Program,
+        reach: &mut Reach<'_>,
+        options: &Options,
+    ) -> Checked<()> {
+        let first = warp / wgmma::WARPS * wgmma::WARPS;
+        let Some(warps) = self.warps.get_mut(first..first + wgmma::WARPS) else {
+            let problem = "the CTA's last warpgroup has not four warps".into();
+            return Err(of_warp(Fault::Wgmma { problem }));
+        };
+        let states = &mut self.states[first..first + wgmma::WARPS];
+        let at_it = |state: &State| matches!(state, State::Waits { on: Wait::Warpgroup, .. });
+        if !states.iter().all(at_it) {
+            return Ok(());
+        }
+        let pc = warps[0].pc();
+        if let Some(other) = warps.iter().find(|warp| warp.pc() != pc) {
+            return Err(of_warp(Fault::Apart { other: other.line }));
+        }
+        let step = &program.code[pc as usize];
+        let goes_on = match &step.op {
+            Op::Wgmma(wgmma) => wgmma::run(warps, step, wgmma, reach, options.sums).map(|()| true)?,
+            Op::SetMaxRegisters { increase, registers } => {
+                self.registers.set(first, wgmma::WARPS, *increase, *registers).map_err(of_warp)?
+            }
+            op => unreachable!("{op:?} is no warpgroup's"),
+        };
+        for (warp, state) in warps.iter_mut().zip(states) {
+            let State::Waits { on, .. } = state else { unreachable!("all of them wait") };
+            *on = Wait::Registers;
+            if goes_on {
+                warp.advance();
+                reach.counts.instructions[step.class as usize] += 1;
+                *state = State::Ready;
+            }
+        }
+        Ok(())
     }
 }
 
@@ -187,8 +243,21 @@ fn check(kernel: &Kernel, grid: &Grid, params: &[u8], options: &Options) -> Resu
     if shared > limit {
         return refuse(Fault::TooManyResources { what: "bytes of shared memory", asked: shared, limit });
     }
-    if grid.cluster != 1 {
-        return refuse(Fault::Unsupported { what: "a cluster of more than one CTA" });
+    let cluster = u64::from(grid.cluster);
+    if let Some(expected) = kernel.cluster.filter(|&expected| expected != grid.cluster) {
+        return refuse(Fault::Launch {
+            what: "CTAs of a cluster",
+            expected: u64::from(expected),
+            found: cluster,
+        });
+    }
+    if grid.cluster > MOST_CTAS || grid.cluster > 1 && options.sm != Sm::Sm90a {
+        let limit = if options.sm == Sm::Sm90a { u64::from(MOST_CTAS) } else { 1 };
+        return refuse(Fault::TooManyResources { what: "CTAs of a cluster", asked: cluster, limit });
+    }
+    if grid.cluster == 0 || !grid.ctas[0].is_multiple_of(grid.cluster) {
+        let (expected, found) = (cluster, u64::from(grid.ctas[0]));
+        return refuse(Fault::Launch { what: "a multiple of the cluster's CTAs along x", expected, found });
     }
     let warps = product(grid.ctas).saturating_mul(threads.div_ceil(32));
     for (what, asked, limit) in
@@ -205,6 +274,123 @@ fn check(kernel: &Kernel, grid: &Grid, params: &[u8], options: &Options) -> Resu
     Ok(())
 }
 
+/// CTAs that run together.
+struct Cluster {
+    /// The number of the first in the grid.
+    first: u32,
+    ctas: Vec<Cta>,
+    memory: Vec<SharedMemory>,
+    barrier: ClusterBarrier,
+    landings: Vec<Landing>,
+}
+
+/// When bulk copies end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Arrivals {
+    AtOnce,
+    AnyTime,
+    WhenNeeded,
+}
+
+impl Cluster {
+    fn new(program: &Program, grid: &Grid, first: u32) -> Cluster {
+        let kernel = &program.kernel;
+        let warps = grid.threads.iter().product::<u32>().div_ceil(32);
+        let [x, y, _] = grid.ctas;
+        let cta = |rank: u32| {
+            let number = first + rank;
+            let place = Place {
+                first_warp: number * warps,
+                cta: [number % x, number / x % y, number / x / y],
+                ctas: grid.ctas,
+                threads: grid.threads,
+                dynamic_begin: kernel.dynamic_shared,
+                dynamic_bytes: grid.dynamic_shared,
+                cluster: grid.cluster,
+                rank,
+            };
+            Cta::new(program, &place)
+        };
+        let bytes = kernel.dynamic_shared + grid.dynamic_shared;
+        Cluster {
+            first,
+            ctas: (0..grid.cluster).map(cta).collect(),
+            memory: (0..grid.cluster).map(|_| SharedMemory::new(bytes, warps * grid.cluster)).collect(),
+            barrier: ClusterBarrier::default(),
+            landings: Vec::new(),
+        }
+    }
+
+    fn states(&self) -> impl Iterator<Item = (usize, usize, State)> {
+        let of = |(rank, cta): (usize, &Cta)| {
+            let states = cta.states.clone().into_iter().enumerate();
+            states.map(move |(warp, state)| (rank, warp, state))
+        };
+        self.ctas.iter().enumerate().flat_map(of)
+    }
+
+    /// A warp that can go on: its CTA's rank and its number.
+    fn choose(&self, random: &mut Random) -> Option<(usize, usize)> {
+        let ready = || self.states().filter(|(_, _, state)| *state == State::Ready);
+        let count = ready().count();
+        let nth = (count > 0).then(|| random.below(count))?;
+        ready().nth(nth).map(|(rank, warp, _)| (rank, warp))
+    }
+
+    /// A bulk copy ends, if one is on its way.
+    fn land(&mut self, random: &mut Random) -> Result<bool, (Landing, Fault)> {
+        if self.landings.is_empty() {
+            return Ok(false);
+        }
+        let landing = self.landings.swap_remove(random.below(self.landings.len()));
+        let (rank, offset) = landing.place;
+        self.memory[rank]
+            .mbarriers
+            .complete(rank, offset, landing.bytes)
+            .map_err(|problem| (landing, mbarrier::fault(landing.place, problem)))?;
+        Ok(true)
+    }
+
+    /// Who waits for something that has happened since looks again.
+    fn wake(&mut self) {
+        let live = self.states().filter(|(_, _, state)| *state != State::Done).count();
+        let mut happened = self.barrier.ends(live as u32);
+        for memory in &mut self.memory {
+            happened |= std::mem::take(&mut memory.mbarriers.ended);
+        }
+        for cta in &mut self.ctas {
+            happened |= std::mem::take(&mut cta.registers.given);
+        }
+        for state in self.ctas.iter_mut().flat_map(|cta| &mut cta.states).filter(|_| happened) {
+            if matches!(state, State::Waits { on: Wait::Mbarrier(_) | Wait::Cluster | Wait::Registers, .. }) {
+                *state = State::Ready;
+            }
+        }
+    }
+
+    /// All warps that have not ended wait.
+    fn deadlock(&self, kernel: &Kernel) -> Box<Report> {
+        let waiting = |(rank, warp, state): (usize, usize, State)| {
+            let (what, line) = match state {
+                State::Barrier { id, line } => (format!("barrier {id}"), line),
+                State::Waits { on: Wait::Mbarrier((of, offset)), line } => {
+                    let missing = self.memory[of].mbarriers.missing(offset);
+                    (format!("the mbarrier at {offset:#x}, whose {missing}"), line)
+                }
+                State::Waits { on: Wait::Cluster, line } => ("the cluster's barrier".into(), line),
+                State::Waits { on: Wait::Warpgroup, line } => ("its warpgroup".into(), line),
+                State::Waits { on: Wait::Registers, line } => ("registers".into(), line),
+                State::Ready | State::Done => return None,
+            };
+            Some(Waiting { cta: self.ctas[rank].index, warp: warp as u32, line, what })
+        };
+        let waiting: Vec<Waiting> = self.states().filter_map(waiting).collect();
+        let (cta, line, warp) = waiting.first().map_or(([0; 3], 0, 0), |w| (w.cta, w.line, w.warp));
+        let fault = Fault::Deadlock { waiting };
+        Box::new(Report { kernel: kernel.name.clone(), line, cta, warp, lane: None, fault })
+    }
+}
+
 /// Runs a grid to its end.
 pub fn run(
     program: &Program,
@@ -218,42 +404,42 @@ pub fn run(
     let mut random = Random::new(options.seed);
     let mut counts = KernelCounts { launches: 1, ..KernelCounts::default() };
     let [x, y, z] = grid.ctas;
-    let mut waiting: Vec<u32> = if grid.threads.contains(&0) { Vec::new() } else { (0..x * y * z).collect() };
+    let firsts = (0..x * y * z).step_by(grid.cluster as usize);
+    let mut waiting: Vec<u32> = if grid.threads.contains(&0) { Vec::new() } else { firsts.collect() };
     random.shuffle(&mut waiting);
     let mut resident = 1 + random.below(2);
-    let mut ctas: Vec<Cta> = Vec::new();
+    // Of its own, so that kernels without bulk copies have the schedules that they would have had.
+    let mut fortune = Random::new(!options.seed);
+    let arrivals = [Arrivals::AtOnce, Arrivals::AnyTime, Arrivals::WhenNeeded][fortune.below(3)];
+    let mut clusters: Vec<Cluster> = Vec::new();
     let warps = grid.threads.iter().product::<u32>().div_ceil(32);
     let mut shadows: Vec<Shadow> = (0..memory.count()).map(|_| Shadow::global()).collect();
     let mut idle = 0;
     let mut turns = 0;
     loop {
-        while ctas.len() < resident
-            && let Some(number) = waiting.pop()
+        while clusters.len() < resident
+            && let Some(first) = waiting.pop()
         {
-            let place = Place {
-                first_warp: number * warps,
-                cta: [number % x, number / x % y, number / x / y],
-                ctas: grid.ctas,
-                threads: grid.threads,
-                shared_bytes: kernel.dynamic_shared + grid.dynamic_shared,
-                dynamic_begin: kernel.dynamic_shared,
-                dynamic_bytes: grid.dynamic_shared,
-            };
-            ctas.push(Cta::new(program, &place));
+            clusters.push(Cluster::new(program, grid, first));
         }
-        if ctas.is_empty() {
+        if clusters.is_empty() {
             break;
         }
-        let at = random.below(ctas.len());
-        let cta = &mut ctas[at];
-        let ready = |cta: &Cta| cta.states.iter().filter(|&&state| state == State::Ready).count();
-        let count = ready(cta);
-        if count == 0 {
-            return Err(deadlock(kernel, cta));
-        }
-        let nth = random.below(count);
-        let is_ready = |(_, state): &(usize, &State)| **state == State::Ready;
-        let (warp, _) = cta.states.iter().enumerate().filter(is_ready).nth(nth).expect("it was counted");
+        let at = random.below(clusters.len());
+        let cluster = &mut clusters[at];
+        let late = |cluster: &Cluster, (landing, fault): (Landing, Fault)| {
+            let Landing { rank, warp, line, .. } = landing;
+            let (kernel, cta) = (kernel.name.clone(), cluster.ctas[rank].index);
+            Box::new(Report { kernel, line, cta, warp, lane: None, fault })
+        };
+        let Some((rank, warp)) = cluster.choose(&mut random) else {
+            if !cluster.land(&mut fortune).map_err(|found| late(cluster, found))? {
+                return Err(cluster.deadlock(kernel));
+            }
+            cluster.wake();
+            continue;
+        };
+        let cta = &mut cluster.ctas[rank];
         let turn = 1 + random.below(LONGEST_TURN as usize) as u32;
         let report = |cta: &Cta, line, found: Box<Found>| {
             let Found { lane, fault } = *found;
@@ -263,13 +449,16 @@ pub fn run(
         let mut reach = Reach {
             memory,
             shadows: &mut shadows,
-            shared: &mut cta.shared,
-            shared_shadow: &mut cta.shadow,
+            cluster: &mut cluster.memory,
+            rank,
+            cluster_barrier: &mut cluster.barrier,
+            landings: &mut cluster.landings,
             params,
             counts: &mut counts,
             program,
             ctas: grid.ctas,
             warps,
+            number: cluster.first + rank as u32,
         };
         let paused = cta.warps[warp].run(program, &mut reach, &mut random, options.sums, turn, &mut idle);
         let line = cta.warps[warp].line;
@@ -283,31 +472,36 @@ pub fn run(
                     cta.arrive(warp, line, arrival).map_err(|fault| report(cta, line, of_warp(fault)))?;
                 counts.barriers += u64::from(opened);
             }
+            Pause::Again(on) => {
+                cta.states[warp] = State::Waits { on, line };
+                if on == Wait::Warpgroup {
+                    let ran = cta.run_together(warp, program, &mut reach, options);
+                    ran.map_err(|found| report(cta, line, found))?;
+                }
+            }
             Pause::Done => {
                 cta.states[warp] = State::Done;
                 idle = 0;
+                cluster.memory[rank].gone = cta.states.iter().all(|&state| state == State::Done);
             }
         }
+        let lands = match arrivals {
+            Arrivals::AtOnce => cluster.landings.len(),
+            Arrivals::AnyTime => fortune.below(2),
+            Arrivals::WhenNeeded => 0,
+        };
+        for _ in 0..lands {
+            cluster.land(&mut fortune).map_err(|found| late(cluster, found))?;
+        }
+        cluster.wake();
         turns += 1;
         if turns > PATIENCE {
             (turns, resident) = (0, resident + 1);
         }
-        if ctas[at].states.iter().all(|&state| state == State::Done) {
-            ctas.swap_remove(at);
+        if cluster.memory.iter().all(|memory| memory.gone) {
+            clusters.swap_remove(at);
             turns = 0;
         }
     }
     Ok(Counts { kernels: [(kernel.name.clone(), counts)].into() })
-}
-
-/// All warps of a CTA that have not ended wait.
-fn deadlock(kernel: &Kernel, cta: &Cta) -> Box<Report> {
-    let waiting = |(warp, state): (usize, &State)| match *state {
-        State::Waits { barrier, line } => Some(Waiting { cta: cta.index, warp: warp as u32, line, barrier }),
-        State::Ready | State::Done => None,
-    };
-    let waiting: Vec<Waiting> = cta.states.iter().enumerate().filter_map(waiting).collect();
-    let (line, warp) = waiting.first().map_or((0, 0), |first| (first.line, first.warp));
-    let fault = Fault::Deadlock { waiting };
-    Box::new(Report { kernel: kernel.name.clone(), line, cta: cta.index, warp, lane: None, fault })
 }

@@ -6,7 +6,8 @@
 
 use super::counts::Class;
 use super::flow;
-use crate::ptx::{BarrierOp, Kernel, Op, Pred, Reg, VoteMode};
+use crate::ptx::{BarrierOp, Kernel, MatrixA, MbarrierOp, Op, Pred, Reg, Tile, VoteMode};
+use std::collections::HashSet;
 
 /// A kernel that can be launched many times.
 #[derive(Debug)]
@@ -42,6 +43,8 @@ pub(super) struct Step {
     pub define_predicates: Box<[Pred]>,
     /// What `uses` are called in the text.
     pub names: Box<[Reg]>,
+    /// Registers of a `wgmma` that it touches and is none, and what they are called in the text.
+    pub fragments: Box<[(Reg, Reg)]>,
 }
 
 /// How an instruction touches an operand.
@@ -163,16 +166,84 @@ fn operands(op: &mut Op, f: &mut dyn FnMut(Operand<'_>)) {
             f(Use(&mut a.base));
             size.iter_mut().for_each(|size| f(Use(size)));
         }
+        Op::StoreMatrix { address, a, .. } => {
+            f(Use(&mut address.base));
+            a.iter_mut().for_each(|a| f(Use(a)));
+        }
+        Op::Mbarrier { op, address, .. } => {
+            f(Use(&mut address.base));
+            match op {
+                MbarrierOp::Init(a) | MbarrierOp::ExpectTx(a) | MbarrierOp::CompleteTx(a) => f(Use(a)),
+                MbarrierOp::Arrive { state, expect, count, no_complete: _ } => {
+                    expect.iter_mut().chain(count).for_each(|a| f(Use(a)));
+                    state.iter_mut().for_each(|state| f(Define(state)));
+                }
+                MbarrierOp::Wait { d, phase, block: _ } => {
+                    f(Use(phase));
+                    f(DefinePredicate(*d));
+                }
+                MbarrierOp::Inval | MbarrierOp::CopyArrive { noinc: _ } => {}
+            }
+        }
+        Op::TileLoad { d, tile, mbarrier, multicast } => {
+            f(Use(&mut d.base));
+            tile_operands(tile, f);
+            f(Use(&mut mbarrier.base));
+            multicast.iter_mut().for_each(|mask| f(Use(mask)));
+        }
+        Op::TileStore { tile, a, reduce: _ } => {
+            tile_operands(tile, f);
+            f(Use(&mut a.base));
+        }
+        Op::BulkLoad { d, a, bytes, mbarrier, multicast } => {
+            [&mut d.base, &mut a.base, bytes, &mut mbarrier.base].into_iter().for_each(|a| f(Use(a)));
+            multicast.iter_mut().for_each(|mask| f(Use(mask)));
+        }
+        Op::BulkStore { d, a, bytes } => {
+            [&mut d.base, &mut a.base, bytes].into_iter().for_each(|a| f(Use(a)));
+        }
+        Op::Wgmma(wgmma) => {
+            match &mut wgmma.a {
+                MatrixA::Registers(a) => a.iter_mut().for_each(|a| f(Use(a))),
+                MatrixA::Shared(descriptor, _) => f(Use(descriptor)),
+            }
+            f(Use(&mut wgmma.b));
+            f(UsePredicate(wgmma.scale_d));
+            // Whether D is read is known when it runs, but its registers stay the same.
+            wgmma.d.iter_mut().for_each(|d| f(Define(d)));
+        }
+        Op::Elect { d, p, mask } => {
+            f(Use(mask));
+            d.iter_mut().for_each(|d| f(Define(d)));
+            f(DefinePredicate(*p));
+        }
+        Op::MapA { d, a, rank, .. } => {
+            f(Use(a));
+            f(Use(rank));
+            f(Define(d));
+        }
+        Op::GetCtaRank { d, a, .. } => {
+            f(Use(a));
+            f(Define(d));
+        }
         Op::Branch { .. } | Op::Exit | Op::Trap | Op::Hint | Op::Fence { .. } => {}
-        Op::CopyCommit | Op::CopyWait(_) => {}
+        Op::CopyCommit | Op::CopyWait(_) | Op::FenceProxyAsync | Op::FenceMbarrierInit => {}
+        Op::BulkCommit | Op::BulkWait { .. } | Op::WgmmaFence | Op::WgmmaCommit | Op::WgmmaWait(_) => {}
+        Op::SetMaxRegisters { .. } | Op::ClusterArrive { .. } | Op::ClusterWait => {}
     }
+}
+
+fn tile_operands(tile: &mut Tile, f: &mut dyn FnMut(Operand<'_>)) {
+    f(Operand::Use(&mut tile.map));
+    tile.coordinates.iter_mut().for_each(|coordinate| f(Operand::Use(coordinate)));
 }
 
 impl Program {
     /// Makes a kernel ready.
     pub fn new(kernel: &Kernel) -> Program {
         let joins = flow::joins(&kernel.code);
-        let [narrow, wide] = [false, true].map(|wide| Sharing::of(kernel, wide));
+        let fragments = fragments(kernel);
+        let [narrow, wide] = [false, true].map(|wide| Sharing::of(kernel, wide, &fragments));
         let place = |reg: Reg| Reg {
             index: if reg.wide { &wide } else { &narrow }.place[usize::from(reg.index)],
             ..reg
@@ -190,22 +261,30 @@ impl Program {
                 defines: [].into(),
                 define_predicates: [].into(),
                 names: [].into(),
+                fragments: [].into(),
             };
             let (mut uses, mut defines, mut names) = (Vec::new(), Vec::new(), Vec::new());
             let (mut use_predicates, mut define_predicates) = (Vec::new(), Vec::new());
+            let mut touched = Vec::new();
             operands(&mut step.op, &mut |operand| match operand {
                 Operand::Use(reg) => {
+                    touched.push((place(*reg), *reg));
                     names.push(*reg);
                     *reg = place(*reg);
                     uses.push(*reg);
                 }
                 Operand::Define(reg) => {
+                    touched.push((place(*reg), *reg));
                     *reg = place(*reg);
                     defines.push(*reg);
                 }
                 Operand::UsePredicate(pred) => use_predicates.push(pred),
                 Operand::DefinePredicate(pred) => define_predicates.push(pred),
             });
+            if !matches!(step.op, Op::Wgmma(_)) {
+                touched.retain(|(_, text)| fragments.contains(text));
+                step.fragments = touched.into();
+            }
             // A copy of what is not defined is not yet a use of it: these hand it on.
             let hands_on =
                 matches!(step.op, Op::Mov { .. } | Op::Selp { .. } | Op::Pack { .. } | Op::Unpack { .. });
@@ -227,6 +306,18 @@ impl Program {
     }
 }
 
+/// Registers that a `wgmma` has: they are in flight behind it, so nobody may share them.
+fn fragments(kernel: &Kernel) -> HashSet<Reg> {
+    let of = |op: &Op| match op {
+        Op::Wgmma(wgmma) => match &wgmma.a {
+            MatrixA::Registers(a) => [&wgmma.d[..], &a[..]].concat(),
+            MatrixA::Shared(..) => wgmma.d.to_vec(),
+        },
+        _ => Vec::new(),
+    };
+    kernel.code.iter().flat_map(|instruction| of(&instruction.op)).collect()
+}
+
 /// Which register of a bank each of the kernel's is.
 struct Sharing {
     place: Vec<u16>,
@@ -235,9 +326,12 @@ struct Sharing {
 
 impl Sharing {
     /// Linear scan (Poletto and Sarkar 1999) over the intervals in which a register may be alive.
-    fn of(kernel: &Kernel, wide: bool) -> Sharing {
+    fn of(kernel: &Kernel, wide: bool, alone: &HashSet<Reg>) -> Sharing {
         let count = usize::from(if wide { kernel.banks.wide } else { kernel.banks.narrow });
-        let intervals = intervals(kernel, wide, count);
+        let mut intervals = intervals(kernel, wide, count);
+        for reg in alone.iter().filter(|reg| reg.wide == wide) {
+            intervals[usize::from(reg.index)] = Some((0, kernel.code.len()));
+        }
         let mut order: Vec<usize> = (0..count).filter(|&reg| intervals[reg].is_some()).collect();
         order.sort_by_key(|&reg| intervals[reg]);
         let mut place = vec![0; count];

@@ -5,6 +5,12 @@
 //! Shuffles, votes and running side by side order nothing, nor does the schedule that happens to run: a race is found
 //! whether or not its accesses meet.
 //!
+//! Asynchronous operations of sm_90 are agents of their own: bulk copies to shared memory are those of their mbarrier, at the
+//! clock of its phase; bulk copies from it those of their lane, `wgmma` those of their warpgroup, at the clock of their
+//! group. Who waits learns that clock. What they read and generic instructions wrote must moreover have passed a
+//! `fence.proxy.async` of the lane that wrote it ("Async proxy"); so a message says of each lane also up to which clock
+//! it did.
+//!
 //! Method: vector clocks and shadow memory, as FastTrack (Flanagan and Freund, 2009). A warp has one clock, raised at each
 //! release; what it knows of another warp is the clock up to which that one's accesses came before. Where lanes of one
 //! warp are concerned the lane counts too. The shadow keeps for each granule of 1 to 16 bytes, which is as small as the
@@ -17,6 +23,20 @@ use std::collections::{BTreeMap, HashMap};
 
 /// For a lane's number: all lanes of the warp.
 pub const WHOLE: u8 = 32;
+/// For a lane's number: `wgmma` of a warpgroup, whose first warp is the agent.
+const WGMMA: u8 = 33;
+/// For a lane's number: bulk copies that an mbarrier counts, which is the agent.
+const MBARRIER: u8 = 34;
+/// Added to a lane's number: the bulk copies of the lane that read shared memory.
+const BULK_READ: u8 = 64;
+/// Added to a lane's number: the bulk copies of the lane that write global memory.
+const BULK_WRITE: u8 = 96;
+/// Added to a lane's number: its accesses that asynchronous operations see.
+const PROXIED: u8 = 128;
+/// Added to a lane's number: those of `mbarrier.init` that they see.
+const INITIALISED: u8 = 192;
+/// Marks an agent that is no warp.
+const ASYNCHRONOUS: u32 = 1 << 31;
 /// Reads of a granule that the shadow of global memory keeps.
 const GLOBAL_READS: usize = 4;
 /// Bytes of a page of the shadow.
@@ -50,12 +70,73 @@ impl Cell {
     pub fn in_flight(&self) -> bool {
         self.flags & IN_FLIGHT != 0
     }
+
+    /// Was it made by an asynchronous operation of sm_90?
+    pub fn asynchronous(&self) -> bool {
+        self.agent & ASYNCHRONOUS != 0
+    }
+
+    /// The warp, counted through the grid; `None` for what an mbarrier counts.
+    pub fn warp(&self) -> Option<u32> {
+        (self.lane != MBARRIER).then_some(self.agent & !ASYNCHRONOUS)
+    }
+}
+
+/// Who an asynchronous operation is, and its clock.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Stamp {
+    agent: u32,
+    lane: u8,
+    clock: u32,
+}
+
+impl Stamp {
+    /// A copy that completes in phase `phase` of the mbarrier at `offset` in the CTA of rank `rank`.
+    pub fn mbarrier(rank: usize, offset: usize, phase: u32) -> Stamp {
+        let place = ((rank << 16) | (offset / 8)) as u32;
+        Stamp { agent: ASYNCHRONOUS | place, lane: MBARRIER, clock: phase + 1 }
+    }
+
+    /// What a lane does now.
+    pub fn lane(who: &Knowledge, lane: u32) -> Stamp {
+        Stamp { agent: who.agent, lane: lane as u8, clock: who.clock }
+    }
+
+    /// Bulk copies of group `group` of a lane: what they read from shared memory, or what they write to global memory.
+    pub fn bulk(who: &Knowledge, lane: u32, reads: bool, group: u32) -> Stamp {
+        let kind = if reads { BULK_READ } else { BULK_WRITE };
+        Stamp { agent: ASYNCHRONOUS | who.agent, lane: kind + lane as u8, clock: group + 1 }
+    }
+
+    /// `wgmma` of group `group` of the warpgroup that the warp is in.
+    pub fn wgmma(who: &Knowledge, group: u32) -> Stamp {
+        let leader = who.agent - who.own() as u32 % who.warps % 4;
+        Stamp { agent: ASYNCHRONOUS | leader, lane: WGMMA, clock: group + 1 }
+    }
+
+    /// What who waited for it knows.
+    pub fn known(self) -> ((u32, u8), u32) {
+        ((self.agent, self.lane), self.clock)
+    }
+}
+
+/// What an access must be able to see of the generic writes before it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Proxy {
+    /// Those that came before.
+    #[default]
+    Generic,
+    /// Of them, those with `fence.proxy.async` behind them.
+    Async,
+    /// Of them, those with it or with `fence.mbarrier_init`.
+    Mbarrier,
 }
 
 /// What was released, or what a lane knows beside its warp: the clocks of warps and lanes that came before.
-type Message = BTreeMap<(u32, u8), u32>;
+pub type Message = BTreeMap<(u32, u8), u32>;
 
-fn merge(into: &mut Message, from: &Message) {
+/// Takes over what another message says.
+pub fn merge(into: &mut Message, from: &Message) {
     for (&who, &clock) in from {
         let known = into.entry(who).or_default();
         *known = clock.max(*known);
@@ -78,14 +159,16 @@ struct LaneKnowledge {
 pub struct Knowledge {
     /// The warp, counted through the grid.
     agent: u32,
-    /// The first warp of its CTA.
+    /// The first warp of its cluster.
     first: u32,
+    /// Warps of its CTA.
+    warps: u32,
     /// The clock of its accesses from now on.
     clock: u32,
-    /// For each warp of the CTA, the clock up to which its accesses came before all lanes here. Its own: up to which its
+    /// For each warp of the cluster, the clock up to which its accesses came before all lanes here. Its own: up to which its
     /// lanes' accesses came before each other's.
     seen: Vec<u32>,
-    /// The same for warps and lanes of other CTAs.
+    /// The same for warps and lanes of other clusters, and for asynchronous operations.
     far: Message,
     /// Which of its own lanes' accesses came before which lanes', where only some have synchronised.
     pairs: Option<Box<[[u32; 32]; 32]>>,
@@ -94,13 +177,14 @@ pub struct Knowledge {
 }
 
 impl Knowledge {
-    /// Of warp `warp` in a CTA of `warps` warps, the first of which is `first` in the grid.
-    pub fn new(first: u32, warp: u32, warps: u32) -> Knowledge {
+    /// Of warp `warp` in a cluster of `ctas` CTAs of `warps` warps, the first of which is `first` in the grid.
+    pub fn new(first: u32, warp: u32, warps: u32, ctas: u32) -> Knowledge {
         Knowledge {
             agent: first + warp,
             first,
+            warps,
             clock: 1,
-            seen: vec![0; warps as usize],
+            seen: vec![0; (warps * ctas) as usize],
             far: Message::new(),
             pairs: None,
             lanes: Vec::new(),
@@ -161,6 +245,77 @@ impl Knowledge {
         }
         message.insert((self.agent, lane as u8), self.clock);
         message
+    }
+
+    /// Can the access be seen through `proxy` by what `lane` does now, if it was a generic one that came before?
+    fn visible(&self, cell: &Cell, lane: u8, proxy: Proxy) -> bool {
+        if cell.clock == 0 || cell.asynchronous() {
+            return true;
+        }
+        let says = |message: &Message, kind: u8| {
+            let of = |lane| message.get(&(cell.agent, kind + lane)).is_some_and(|&clock| cell.clock <= clock);
+            of(WHOLE) || of(cell.lane)
+        };
+        let knows = |kind| {
+            says(&self.far, kind)
+                || self.lanes.get(usize::from(lane)).is_some_and(|known| says(&known.acquired, kind))
+        };
+        match proxy {
+            Proxy::Generic => true,
+            Proxy::Async => knows(PROXIED),
+            Proxy::Mbarrier => knows(PROXIED) || knows(INITIALISED),
+        }
+    }
+
+    /// `fence.proxy.async`, or `fence.mbarrier_init` if only `init`, by the lanes of `mask`; `all`: these are all that
+    /// there are.
+    pub fn proxy_fence(&mut self, mask: u32, all: bool, init: bool) {
+        let kind = if init { INITIALISED } else { PROXIED };
+        let (agent, clock) = (self.agent, self.clock);
+        if all {
+            self.far.insert((agent, kind + WHOLE), clock);
+        } else {
+            for lane in super::access::lanes(mask) {
+                self.lane(lane).acquired.insert((agent, kind + lane as u8), clock);
+            }
+        }
+        self.clock += 1;
+    }
+
+    /// What the lanes of `mask` have done and seen so far, for who waits for it; `all`: these are all that there are.
+    pub fn send(&mut self, mask: u32, all: bool) -> Message {
+        let mut message = Message::new();
+        for lane in super::access::lanes(mask) {
+            if !all || self.pairs.is_some() || message.is_empty() {
+                merge(&mut message, &self.released(lane));
+            } else if let Some(known) = self.lanes.get(lane as usize) {
+                merge(&mut message, &known.acquired);
+            }
+        }
+        if all {
+            message.insert((self.agent, WHOLE), self.clock);
+        }
+        self.clock += 1;
+        message
+    }
+
+    /// The lanes of `mask` have waited for what was sent; `all`: these are all that there are.
+    pub fn learn(&mut self, mask: u32, all: bool, message: &Message) {
+        if !all {
+            return super::access::lanes(mask).for_each(|lane| self.receive(lane, message, true));
+        }
+        for (&(agent, lane), &clock) in message {
+            let known = match self.seen.get_mut(agent.wrapping_sub(self.first) as usize) {
+                Some(seen) if lane == WHOLE => seen,
+                _ => self.far.entry((agent, lane)).or_default(),
+            };
+            *known = clock.max(*known);
+        }
+    }
+
+    /// As [`Knowledge::learn`], of asynchronous operations up to one.
+    pub fn learn_stamp(&mut self, mask: u32, all: bool, stamp: Stamp) {
+        self.learn(mask, all, &[stamp.known()].into());
     }
 
     /// `fence`, by the lanes given.
@@ -257,8 +412,23 @@ pub struct How {
     pub whole: bool,
     /// An asynchronous copy's write.
     pub in_flight: bool,
+    /// An asynchronous operation of sm_90, and which.
+    pub stamp: Option<Stamp>,
+    /// What it must see.
+    pub proxy: Proxy,
     /// The instruction's index.
     pub pc: u16,
+}
+
+/// Why two accesses may not meet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Reason {
+    /// Nothing orders them.
+    Race,
+    /// One of them is `ld.global.nc`, which no order helps.
+    NonCoherent,
+    /// The later one is asynchronous, and no proxy fence lies between.
+    Unfenced,
 }
 
 /// Two accesses that nothing orders.
@@ -272,12 +442,12 @@ pub struct Conflict {
     pub other: Cell,
     /// Did that one write?
     pub other_wrote: bool,
-    /// One of them is `ld.global.nc`, which no order helps.
-    pub non_coherent: bool,
+    /// Why that is wrong.
+    pub reason: Reason,
 }
 
-/// A cell that an access is not ordered with; whether it wrote; whether `.nc` is what is wrong.
-type Found = (Cell, bool, bool);
+/// A cell that an access may not meet; whether it wrote; why.
+type Found = (Cell, bool, Reason);
 
 /// Cells of consecutive bytes, one for each granule of them: as few as the accesses so far allow.
 #[derive(Clone, Debug)]
@@ -323,9 +493,10 @@ impl Shadow {
         Shadow::new(GLOBAL_READS, false)
     }
 
-    /// Of the shared memory of a CTA with so many warps.
+    /// Of the shared memory of a CTA in a cluster with so many warps. Behind a read of each warp it keeps one of each
+    /// warpgroup's `wgmma` and one of a bulk copy.
     pub fn shared(warps: u32) -> Shadow {
-        Shadow::new(warps as usize, true)
+        Shadow::new((warps + warps.div_ceil(4) + 1) as usize, true)
     }
 
     fn new(slots: usize, by_warp: bool) -> Shadow {
@@ -355,10 +526,15 @@ impl Shadow {
         let flags = flags | if how.in_flight { IN_FLIGHT } else { 0 };
         let clock = if how.in_flight { u32::MAX } else { who.clock };
         let cell = |lane: u32| {
+            if let Some(Stamp { agent, lane, clock }) = how.stamp {
+                return Cell { agent, clock, pc: how.pc, lane, flags };
+            }
             let lane = if how.whole { WHOLE } else { lane as u8 };
             Cell { agent: who.agent, clock, pc: how.pc, lane, flags }
         };
         let judge = Judge { who, how, slots: self.slots, by_warp: self.by_warp };
+        // The write that was met last: where there are many, they are mostly of one operation.
+        let mut met = Cell::default();
         let lane_shift = bytes.trailing_zeros();
         let mut at = offset;
         while at < offset + len {
@@ -369,15 +545,12 @@ impl Shadow {
             let granule = page.granule;
             let end = (offset + len).min((at / PAGE_BYTES + 1) * PAGE_BYTES);
             for at in (at..end).step_by(granule) {
-                let lane = first + ((at - offset) >> lane_shift) as u32;
-                judge.judge(page, at % PAGE_BYTES / granule, cell(lane)).map_err(
-                    |(other, other_wrote, non_coherent)| Conflict {
-                        at,
-                        lane,
-                        other,
-                        other_wrote,
-                        non_coherent,
-                    },
+                // An asynchronous operation is one lane's, or the warp's.
+                let many = if how.stamp.is_some() { 0 } else { (at - offset) >> lane_shift };
+                let lane = first + many as u32;
+                let by = if how.whole { WHOLE } else { lane as u8 };
+                judge.judge(page, at % PAGE_BYTES / granule, cell(lane), by, &mut met).map_err(
+                    |(other, other_wrote, reason)| Conflict { at, lane, other, other_wrote, reason },
                 )?;
             }
             at = end;
@@ -430,40 +603,59 @@ struct Judge<'a> {
 }
 
 impl Judge<'_> {
-    /// Compares an access with those before it, and remembers it.
+    /// Compares an access `by` a lane with those before it, and remembers it.
     #[inline(always)]
-    fn judge(&self, page: &mut Page, index: usize, cell: Cell) -> Result<(), Found> {
+    fn judge(&self, page: &mut Page, index: usize, cell: Cell, by: u8, met: &mut Cell) -> Result<(), Found> {
         let who = self.who;
         let wrote = &mut page.writes[index];
         let both_strong = |other: &Cell| other.flags & cell.flags & STRONG != 0;
-        if !who.after(wrote, cell.lane) && !both_strong(wrote) {
-            return Err((*wrote, true, false));
+        if self.how.stamp.is_none() || *wrote != *met {
+            if !who.after(wrote, by) && !both_strong(wrote) {
+                return Err((*wrote, true, Reason::Race));
+            }
+            if self.how.proxy != Proxy::Generic && !who.visible(wrote, by, self.how.proxy) {
+                return Err((*wrote, true, Reason::Unfenced));
+            }
+            *met = *wrote;
         }
         if self.how.non_coherent && wrote.clock != 0 {
-            return Err((*wrote, true, true));
+            return Err((*wrote, true, Reason::NonCoherent));
         }
         if self.how.write {
             for read in &page.reads {
                 let read = &read[index];
                 if read.clock != 0 && read.flags & NON_COHERENT != 0 {
-                    return Err((*read, false, true));
+                    return Err((*read, false, Reason::NonCoherent));
                 }
-                if !who.after(read, cell.lane) && !both_strong(read) {
-                    return Err((*read, false, false));
+                if !who.after(read, by) && !both_strong(read) {
+                    return Err((*read, false, Reason::Race));
                 }
             }
             *wrote = cell;
             return Ok(());
         }
-        let slot = if self.by_warp { Some(who.own()) } else { self.slot(&page.reads, index, cell.lane) };
+        let slot = if self.by_warp { Some(self.own_slot(&cell)) } else { self.slot(&page.reads, index, by) };
         if let Some(slot) = slot {
             let read = &mut page.reads[slot][index];
             // What several lanes of the warp have read, unordered among themselves, is read by all.
-            let several = read.agent == cell.agent && read.lane != cell.lane && !who.after(read, cell.lane);
+            let several = cell.lane <= WHOLE
+                && read.agent == cell.agent
+                && read.lane != cell.lane
+                && !who.after(read, cell.lane);
             let flags = if several { cell.flags & (read.flags | !STRONG) } else { cell.flags };
             *read = Cell { lane: if several { WHOLE } else { cell.lane }, flags, ..cell };
         }
         Ok(())
+    }
+
+    /// Where a read of shared memory is kept.
+    #[inline(always)]
+    fn own_slot(&self, cell: &Cell) -> usize {
+        match cell.lane {
+            0..=WHOLE => self.who.own(),
+            WGMMA => self.who.seen.len() + self.who.own() / 4,
+            _ => self.slots - 1,
+        }
     }
 
     /// Which of the reads of global memory gives way, if one does: the warp's own; one that came before; where all are of
@@ -481,8 +673,16 @@ impl Judge<'_> {
 mod tests {
     use super::*;
 
-    const READ: How =
-        How { write: false, strong: false, non_coherent: false, whole: false, in_flight: false, pc: 1 };
+    const READ: How = How {
+        write: false,
+        strong: false,
+        non_coherent: false,
+        whole: false,
+        in_flight: false,
+        stamp: None,
+        proxy: Proxy::Generic,
+        pc: 1,
+    };
     const WRITE: How = How { write: true, pc: 2, ..READ };
 
     fn touch(shadow: &mut Shadow, who: &Knowledge, how: How, lane: u32, offset: usize) -> bool {
@@ -491,7 +691,7 @@ mod tests {
 
     /// Two warps of one CTA.
     fn two() -> (Knowledge, Knowledge, Shadow) {
-        (Knowledge::new(8, 0, 2), Knowledge::new(8, 1, 2), Shadow::shared(2))
+        (Knowledge::new(8, 0, 2, 1), Knowledge::new(8, 1, 2, 1), Shadow::shared(2))
     }
 
     #[test]
@@ -531,7 +731,7 @@ mod tests {
 
     #[test]
     fn a_release_that_is_acquired_orders_ctas() {
-        let (mut a, mut b) = (Knowledge::new(0, 0, 1), Knowledge::new(1, 0, 1));
+        let (mut a, mut b) = (Knowledge::new(0, 0, 1, 1), Knowledge::new(1, 0, 1, 1));
         let mut shadow = Shadow::global();
         let atomic = How { strong: true, ..WRITE };
         for (releases, acquires) in [(true, true), (false, true), (true, false), (false, false)] {

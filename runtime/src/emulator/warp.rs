@@ -3,12 +3,14 @@
 //! Lanes that part at a branch run one side after the other, in an order by seed, and meet again at the branch's immediate
 //! post-dominator (the stack of Fung, Sham, Yuan and Aamodt, "Dynamic Warp Formation and Scheduling", 2007, section 2).
 
-use super::access::{Checked, Reach, at_lane, lanes};
+use super::access::{Checked, Location, Reach, at_lane, lanes};
 use super::arithmetic::{self as math, LANES, Lanes, Narrow, Source, Wide};
+use super::bulk::BulkGroups;
 use super::execute::{Arrival, AsyncCopy};
 use super::grid::Random;
 use super::program::{Program, Step};
 use super::race::Knowledge;
+use super::wgmma::Fragments;
 use super::{Fault, Sums};
 use crate::ptx::{Constant, Op, Pred, Reg, Special};
 
@@ -31,8 +33,23 @@ pub enum Pause {
     Turn,
     /// It is at a barrier.
     Barrier(Arrival),
+    /// It has to wait before the instruction, which it tries again then.
+    Again(Wait),
     /// All lanes have ended.
     Done,
+}
+
+/// What a warp waits for before it can run an instruction.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Wait {
+    /// The end of a phase of the mbarrier.
+    Mbarrier(Location),
+    /// The end of a phase of the cluster's barrier.
+    Cluster,
+    /// The other warps of its warpgroup, to run the instruction with them.
+    Warpgroup,
+    /// Registers that others give back.
+    Registers,
 }
 
 /// A warp.
@@ -41,6 +58,8 @@ pub struct Warp {
     pub existing: u32,
     /// Lanes that have not ended.
     pub live: u32,
+    /// Its number in the CTA.
+    pub number: u32,
     /// The line of the instruction that it ran last.
     pub line: u32,
     frames: Vec<Frame>,
@@ -56,6 +75,12 @@ pub struct Warp {
     pub copies: Vec<AsyncCopy>,
     /// Groups that each lane has closed.
     pub groups: Narrow,
+    /// Bulk copies of its lanes from shared memory; empty before the first.
+    bulk: Vec<BulkGroups>,
+    /// The phase of the cluster's barrier that it has arrived at and not waited for.
+    pub cluster_phase: Option<u32>,
+    /// Registers that `wgmma` has.
+    pub fragments: Fragments,
 }
 
 /// What a CTA's threads know of where they are.
@@ -66,9 +91,12 @@ pub struct Place {
     pub cta: [u32; 3],
     pub ctas: [u32; 3],
     pub threads: [u32; 3],
-    pub shared_bytes: u32,
     pub dynamic_begin: u32,
     pub dynamic_bytes: u32,
+    /// CTAs of a cluster.
+    pub cluster: u32,
+    /// Which of them it is.
+    pub rank: u32,
 }
 
 impl Warp {
@@ -78,11 +106,14 @@ impl Warp {
         let threads = x * y * z;
         let count = (threads - 32 * number).min(32);
         let existing = ALL >> (32 - count);
+        let warps = threads.div_ceil(32);
+        let first = place.first_warp - place.rank * warps;
         let [narrow, wide] = program.registers;
         let predicates = usize::from(program.kernel.banks.predicates);
         let mut warp = Warp {
             existing,
             live: existing,
+            number,
             line: 0,
             frames: vec![Frame { pc: 0, join: program.code.len() as u32, mask: existing }],
             narrow: vec![[0; LANES]; narrow],
@@ -91,9 +122,12 @@ impl Warp {
             narrow_defined: vec![0; narrow],
             wide_defined: vec![0; wide],
             predicates_defined: vec![0; predicates],
-            knowledge: Knowledge::new(place.first_warp, number, threads.div_ceil(32)),
+            knowledge: Knowledge::new(first, place.rank * warps + number, warps, place.cluster),
             copies: Vec::new(),
             groups: [0; LANES],
+            bulk: Vec::new(),
+            cluster_phase: None,
+            fragments: Fragments::default(),
         };
         for (&reg, &(_, constant)) in program.constants.iter().zip(&program.kernel.constants) {
             let value: Wide = std::array::from_fn(|lane| match constant {
@@ -120,9 +154,19 @@ impl Warp {
         self.source(reg).narrow()
     }
 
+    /// A register of 64 bits.
+    pub fn wide(&self, reg: Reg) -> &Wide {
+        &self.wide[usize::from(reg.index)]
+    }
+
     pub fn defined(&self, reg: Reg) -> u32 {
         let bank = if reg.wide { &self.wide_defined } else { &self.narrow_defined };
         bank[usize::from(reg.index)]
+    }
+
+    /// A register whose lanes are all defined.
+    pub fn defined_narrow(&self, reg: Reg) -> Option<&Narrow> {
+        (self.defined(reg) == ALL).then(|| self.narrow(reg))
     }
 
     fn define(&mut self, mask: u32, reg: Reg) {
@@ -152,6 +196,14 @@ impl Warp {
         let predicate = &mut self.predicates[usize::from(pred.0)];
         *predicate = *predicate & !mask | value & mask;
         self.predicates_defined[usize::from(pred.0)] |= mask;
+    }
+
+    /// The bulk copies of a lane.
+    pub fn bulk(&mut self, lane: u32) -> &mut BulkGroups {
+        if self.bulk.is_empty() {
+            self.bulk = vec![BulkGroups::default(); LANES];
+        }
+        &mut self.bulk[lane as usize]
     }
 
     /// The predicates of a barrier that has opened.
@@ -210,6 +262,11 @@ impl Warp {
                     continue;
                 }
                 Op::Exit => {
+                    let unread =
+                        |(lane, groups): (usize, &BulkGroups)| active >> lane & 1 == 1 && groups.unread();
+                    if let Some(lane) = self.bulk.iter().enumerate().position(unread) {
+                        return Err(at_lane(lane as u32, Fault::UnreadSource));
+                    }
                     self.live &= !active;
                     self.advance();
                     continue;
@@ -221,7 +278,14 @@ impl Warp {
                 continue;
             }
             self.check(step, program, active)?;
-            let arrival = self.execute(step, active, reach, random, sums, idle)?;
+            if !step.fragments.is_empty() {
+                self.touch_fragments(step, |reg| program.kernel.register_name(reg))?;
+            }
+            let pause = self.execute(step, active, reach, random, sums, idle)?;
+            if let Some(Pause::Again(_)) = pause {
+                reach.counts.instructions[step.class as usize] -= 1;
+                return Ok(pause.expect("it was one"));
+            }
             for &reg in &step.defines {
                 self.define(active, reg);
             }
@@ -229,14 +293,20 @@ impl Warp {
                 self.predicates_defined[usize::from(pred.0)] |= active;
             }
             self.advance();
-            if let Some(arrival) = arrival {
-                return Ok(Pause::Barrier(arrival));
+            if let Some(pause) = pause {
+                return Ok(pause);
             }
         }
         Ok(Pause::Turn)
     }
 
-    fn advance(&mut self) {
+    /// The next instruction.
+    pub fn pc(&self) -> u32 {
+        self.frames.last().map_or(u32::MAX, |frame| frame.pc)
+    }
+
+    /// The next instruction is the one behind it.
+    pub fn advance(&mut self) {
         if let Some(frame) = self.frames.last_mut() {
             frame.pc += 1;
         }
@@ -322,5 +392,13 @@ fn special_value(special: Special, place: &Place, warp: u32, lane: u32) -> u32 {
         Special::LanemaskGt => !(bit | (bit - 1)),
         Special::LanemaskGe => !(bit - 1),
         Special::DynamicSharedBytes => place.dynamic_bytes,
+        Special::ClusterCtaRank | Special::ClusterCtaid(0) => place.rank,
+        Special::ClusterNctaRank | Special::ClusterNctaid(0) => place.cluster,
+        Special::ClusterCtaid(_) => 0,
+        Special::ClusterNctaid(_) => 1,
+        Special::ClusterId(0) => place.cta[0] / place.cluster,
+        Special::ClusterId(axis) => place.cta[usize::from(axis)],
+        Special::NclusterId(0) => place.ctas[0] / place.cluster,
+        Special::NclusterId(axis) => place.ctas[usize::from(axis)],
     }
 }

@@ -91,6 +91,12 @@ pub enum Special {
     LanemaskGt,
     LanemaskGe,
     DynamicSharedBytes,
+    ClusterCtaRank,
+    ClusterNctaRank,
+    ClusterCtaid(u8),
+    ClusterNctaid(u8),
+    ClusterId(u8),
+    NclusterId(u8),
 }
 
 /// Where an address lies.
@@ -100,6 +106,8 @@ pub enum Space {
     Generic,
     Global,
     Shared,
+    /// Shared memory of all CTAs of the cluster, of the own one among them.
+    SharedCluster,
     Param,
     Const,
 }
@@ -343,6 +351,86 @@ pub enum MatrixType {
     U8,
 }
 
+/// A of a `wgmma`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum MatrixA {
+    /// Four registers, as A of `mma.sync` m16n8k16.
+    Registers(Box<[Reg]>),
+    /// In shared memory: the descriptor, and whether rows are innermost there.
+    Shared(Reg, bool),
+}
+
+/// `wgmma.mma_async`: D of 64 x `n` is A B, or A B + D.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Wgmma {
+    /// Columns of B and D.
+    pub n: u32,
+    /// Elements of A and B.
+    pub types: (MatrixType, MatrixType),
+    /// Is a sum of integers clamped?
+    pub satfinite: bool,
+    /// Accumulators, `n / 2` registers.
+    pub d: Box<[Reg]>,
+    /// The left matrix.
+    pub a: MatrixA,
+    /// Descriptor of the right matrix.
+    pub b: Reg,
+    /// Are columns innermost in B?
+    pub trans_b: bool,
+    /// Is it added to D?
+    pub scale_d: Pred,
+    /// Are A and B negated?
+    pub negate: (bool, bool),
+}
+
+/// `[map, {x, y, z}]`: a box of a tensor.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Tile {
+    /// Generic address of the tensor map.
+    pub map: Reg,
+    /// Where the box begins, innermost first.
+    pub coordinates: Box<[Reg]>,
+}
+
+/// `mbarrier` (PTX ISA, "Parallel Synchronization and Communication Instructions: mbarrier").
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum MbarrierOp {
+    /// Makes one that so many arrivals complete.
+    Init(Reg),
+    /// Its bytes may be used otherwise.
+    Inval,
+    /// Expects so many bytes more.
+    ExpectTx(Reg),
+    /// So many bytes less.
+    CompleteTx(Reg),
+    /// Arrives.
+    Arrive {
+        /// Where the phase's state goes.
+        state: Option<Reg>,
+        /// Bytes to expect before.
+        expect: Option<Reg>,
+        /// How many arrivals; 1 if it is not said.
+        count: Option<Reg>,
+        /// It may not complete the phase.
+        no_complete: bool,
+    },
+    /// Is the phase over that has this parity (32 bits) or this state (64 bits)? It may `block` until it is.
+    Wait {
+        /// The answer.
+        d: Pred,
+        /// Parity or state.
+        phase: Reg,
+        /// `try_wait`.
+        block: bool,
+    },
+    /// `cp.async.mbarrier.arrive`: arrives when the lane's copies before it are there. `noinc`: it is one of the arrivals that
+    /// are counted already.
+    CopyArrive {
+        /// See above.
+        noinc: bool,
+    },
+}
+
 /// What an instruction does.
 #[allow(
     missing_docs,
@@ -486,7 +574,7 @@ pub enum Op {
     },
     Exit,
     Trap,
-    /// `nanosleep`, `prefetch`: no effect on results.
+    /// `nanosleep`, `prefetch`: no effect on results. `griddepcontrol`, as grids run one after the other.
     Hint,
     Fence {
         scope: Scope,
@@ -550,6 +638,11 @@ pub enum Op {
         d: Box<[Reg]>,
         address: Address,
     },
+    StoreMatrix {
+        trans: bool,
+        address: Address,
+        a: Box<[Reg]>,
+    },
     /// `cp.async`: `bytes` from global to shared memory, of which `size` are read and the rest is zero.
     Copy {
         bytes: u32,
@@ -560,6 +653,79 @@ pub enum Op {
     CopyCommit,
     /// All but the newest so many groups; `None`: all, committed or not.
     CopyWait(Option<u32>),
+    /// `fence.proxy.async`: writes before it are seen by asynchronous operations behind it.
+    FenceProxyAsync,
+    /// `fence.mbarrier_init`: the same of `mbarrier.init` alone, and for the other CTAs of the cluster.
+    FenceMbarrierInit,
+    Mbarrier {
+        op: MbarrierOp,
+        space: Space,
+        address: Address,
+    },
+    /// `cp.async.bulk.tensor` to shared memory.
+    TileLoad {
+        d: Address,
+        tile: Tile,
+        mbarrier: Address,
+        multicast: Option<Reg>,
+    },
+    /// `cp.async.bulk.tensor` or `cp.reduce.async.bulk.tensor` from shared memory.
+    TileStore {
+        tile: Tile,
+        a: Address,
+        reduce: Option<AtomicOp>,
+    },
+    /// `cp.async.bulk` from global to shared memory.
+    BulkLoad {
+        d: Address,
+        a: Address,
+        bytes: Reg,
+        mbarrier: Address,
+        multicast: Option<Reg>,
+    },
+    /// `cp.async.bulk` from shared to global memory.
+    BulkStore {
+        d: Address,
+        a: Address,
+        bytes: Reg,
+    },
+    BulkCommit,
+    /// All but the newest so many groups: they have `read` their source, or are done.
+    BulkWait {
+        keep: u32,
+        read: bool,
+    },
+    Wgmma(Box<Wgmma>),
+    WgmmaFence,
+    WgmmaCommit,
+    /// All but the newest so many groups.
+    WgmmaWait(u32),
+    SetMaxRegisters {
+        increase: bool,
+        registers: u32,
+    },
+    Elect {
+        d: Option<Reg>,
+        p: Pred,
+        mask: Reg,
+    },
+    /// The address that `a` has in the CTA of that rank.
+    MapA {
+        space: Space,
+        d: Reg,
+        a: Reg,
+        rank: Reg,
+    },
+    /// The rank of the CTA that an address belongs to.
+    GetCtaRank {
+        space: Space,
+        d: Reg,
+        a: Reg,
+    },
+    ClusterArrive {
+        releases: bool,
+    },
+    ClusterWait,
 }
 
 impl Op {
@@ -575,6 +741,15 @@ impl Op {
                 | Op::Redux { .. }
                 | Op::Mma { .. }
                 | Op::LoadMatrix { .. }
+                | Op::StoreMatrix { .. }
+                | Op::Wgmma(_)
+                | Op::WgmmaFence
+                | Op::WgmmaCommit
+                | Op::WgmmaWait(_)
+                | Op::SetMaxRegisters { .. }
+                | Op::Elect { .. }
+                | Op::ClusterArrive { .. }
+                | Op::ClusterWait
         )
     }
 }

@@ -6,33 +6,34 @@
 use super::PtxError;
 use super::op::*;
 use super::parser::{Arg, Parser, type_named};
+use super::sm90;
 
 /// Modifiers of an instruction, of which some have been taken.
-struct Mods<'t> {
+pub(super) struct Mods<'t> {
     line: u32,
-    opcode: &'t str,
-    left: Vec<&'t str>,
+    pub opcode: &'t str,
+    pub left: Vec<&'t str>,
 }
 
 impl<'t> Mods<'t> {
     /// Takes `name` if it is there.
-    fn has(&mut self, name: &str) -> bool {
+    pub fn has(&mut self, name: &str) -> bool {
         let at = self.left.iter().position(|&part| part == name);
         at.map(|at| self.left.remove(at)).is_some()
     }
 
     /// Takes the first modifier for which `pick` has a meaning.
-    fn find<T>(&mut self, pick: impl Fn(&str) -> Option<T>) -> Option<T> {
+    pub fn find<T>(&mut self, pick: impl Fn(&str) -> Option<T>) -> Option<T> {
         let at = self.left.iter().position(|part| pick(part).is_some())?;
         pick(self.left.remove(at))
     }
 
     /// Takes the first type.
-    fn ty(&mut self) -> Result<Type, PtxError> {
+    pub fn ty(&mut self) -> Result<Type, PtxError> {
         self.find(type_named).ok_or_else(|| self.unknown())
     }
 
-    fn unknown(&self) -> PtxError {
+    pub fn unknown(&self) -> PtxError {
         let modifier = self.left.first().map(|part| part.to_string());
         PtxError::UnknownInstruction { line: self.line, opcode: self.opcode.to_string(), modifier }
     }
@@ -76,6 +77,11 @@ pub fn read<'t>(p: &mut Parser<'t>, line: u32, opcode: &'t str, args: &[Arg<'t>]
             count(p, args, 1)?;
             p.source(&args[0], Type::U32).map(|_| Op::Hint)
         }
+        "prefetch" if m.has("tensormap") => {
+            m.find(|part| matches!(part, "param" | "const").then_some(()));
+            count(p, args, 1)?;
+            p.address(&args[0]).map(|_| Op::Hint)
+        }
         "prefetch" => {
             m.left.retain(|part| !matches!(*part, "global" | "L1" | "L2"));
             count(p, args, 1)?;
@@ -93,8 +99,22 @@ pub fn read<'t>(p: &mut Parser<'t>, line: u32, opcode: &'t str, args: &[Arg<'t>]
             Ok(Op::ActiveMask { d: p.reg(&args[0], 32)? })
         }
         "mma" => mma(p, m, args),
-        "ldmatrix" => load_matrix(p, m, args),
+        "ldmatrix" => matrix_rows(p, m, args.get(1)).and_then(|(trans, n, address)| {
+            count(p, args, 2)?;
+            Ok(Op::LoadMatrix { trans, d: p.regs(&args[0], 32, n)?, address })
+        }),
+        "stmatrix" => matrix_rows(p, m, args.first()).and_then(|(trans, n, address)| {
+            count(p, args, 2)?;
+            Ok(Op::StoreMatrix { trans, address, a: p.sources(&args[1], Type::B32, n)? })
+        }),
+        "cp" if m.left.contains(&"bulk") || m.left.contains(&"mbarrier") => sm90::copy(p, m, args),
         "cp" => copy(p, m, args),
+        "mbarrier" => sm90::mbarrier(p, m, args),
+        "wgmma" => sm90::wgmma(p, m, args),
+        "setmaxnreg" => sm90::set_max_registers(p, m, args),
+        "elect" => sm90::elect(p, m, args),
+        "mapa" | "getctarank" => sm90::rank(p, m, args),
+        "griddepcontrol" => sm90::grid_dependency(p, m, args),
         _ => {
             let opcode = opcode.to_string();
             return Err(PtxError::UnknownInstruction { line, opcode, modifier: None });
@@ -123,16 +143,16 @@ fn bare(ty: Type) -> bool {
 }
 
 /// Takes a modifier that must be there.
-fn need(m: &mut Mods<'_>, name: &str) -> Result<(), PtxError> {
+pub(super) fn need(m: &mut Mods<'_>, name: &str) -> Result<(), PtxError> {
     if m.has(name) { Ok(()) } else { Err(m.unknown()) }
 }
 
 /// There must be so many operands.
-fn count(p: &Parser<'_>, args: &[Arg<'_>], count: usize) -> Result<(), PtxError> {
+pub(super) fn count(p: &Parser<'_>, args: &[Arg<'_>], count: usize) -> Result<(), PtxError> {
     between(p, args, count, count)
 }
 
-fn between(p: &Parser<'_>, args: &[Arg<'_>], least: usize, most: usize) -> Result<(), PtxError> {
+pub(super) fn between(p: &Parser<'_>, args: &[Arg<'_>], least: usize, most: usize) -> Result<(), PtxError> {
     if least <= args.len() && args.len() <= most {
         return Ok(());
     }
@@ -373,7 +393,7 @@ fn unary<'t>(p: &mut Parser<'t>, m: &mut Mods<'t>, stem: &str, args: &[Arg<'t>])
 }
 
 /// A predicate source that may not be negated, or a constant.
-fn pred<'t>(p: &mut Parser<'t>, arg: &Arg<'t>) -> Result<Pred, PtxError> {
+pub(super) fn pred<'t>(p: &mut Parser<'t>, arg: &Arg<'t>) -> Result<Pred, PtxError> {
     match p.pred_source(arg)? {
         (pred, false) => Ok(pred),
         (_, true) => p.wrong_operand(arg, "a predicate without `!`"),
@@ -465,11 +485,12 @@ fn loose<'t>(p: &mut Parser<'t>, arg: &Arg<'t>, ty: Type) -> Result<Reg, PtxErro
     p.reg(arg, if bits > 1 { bits.max(ty.bits()) } else { ty.bits() })
 }
 
-fn space(m: &mut Mods<'_>) -> Space {
+pub(super) fn space(m: &mut Mods<'_>) -> Space {
     m.find(|part| {
         Some(match part {
             "global" => Space::Global,
             "shared" | "shared::cta" => Space::Shared,
+            "shared::cluster" => Space::SharedCluster,
             "param" | "param::entry" => Space::Param,
             "const" => Space::Const,
             _ => return None,
@@ -516,12 +537,12 @@ const CACHE_HINTS: [&str; 18] = [
 ];
 
 /// Takes the hints; gives whether a policy is one more operand, the last.
-fn cache_hints(m: &mut Mods<'_>) -> bool {
+pub(super) fn cache_hints(m: &mut Mods<'_>) -> bool {
     m.left.retain(|part| !CACHE_HINTS.contains(part));
     m.has("L2::cache_hint")
 }
 
-fn cache_policy<'t>(p: &mut Parser<'t>, policy: bool, args: &[Arg<'t>]) -> Result<(), PtxError> {
+pub(super) fn cache_policy<'t>(p: &mut Parser<'t>, policy: bool, args: &[Arg<'t>]) -> Result<(), PtxError> {
     match args.last() {
         Some(last) if policy => p.source(last, Type::B64).map(drop),
         _ => Ok(()),
@@ -590,7 +611,7 @@ fn store<'t>(p: &mut Parser<'t>, m: &mut Mods<'t>, args: &[Arg<'t>]) -> Result<O
     Ok(Op::Store { space, ty, order, scope, address: p.address(&args[0])?, a })
 }
 
-fn atomic_op(part: &str) -> Option<AtomicOp> {
+pub(super) fn atomic_op(part: &str) -> Option<AtomicOp> {
     Some(match part {
         "add" => AtomicOp::Add,
         "min" => AtomicOp::Min,
@@ -639,6 +660,9 @@ fn branch_indexed<'t>(p: &mut Parser<'t>, m: &mut Mods<'t>, args: &[Arg<'t>]) ->
 
 fn fence<'t>(p: &mut Parser<'t>, m: &mut Mods<'t>, args: &[Arg<'t>]) -> Result<Op, PtxError> {
     count(p, args, 0)?;
+    if m.left.iter().any(|part| matches!(*part, "proxy" | "mbarrier_init")) {
+        return sm90::fence(m);
+    }
     // `membar` is `fence.sc` (PTX ISA, "membar, fence"); a fence without a word is acquire and release.
     let sequential = m.has("sc") || m.opcode.starts_with("membar");
     if !sequential {
@@ -649,6 +673,9 @@ fn fence<'t>(p: &mut Parser<'t>, m: &mut Mods<'t>, args: &[Arg<'t>]) -> Result<O
 
 fn barrier<'t>(p: &mut Parser<'t>, m: &mut Mods<'t>, args: &[Arg<'t>]) -> Result<Op, PtxError> {
     let aligned = m.has("aligned");
+    if m.has("cluster") {
+        return sm90::cluster_barrier(p, m, args);
+    }
     if m.has("warp") {
         need(m, "sync")?;
         count(p, args, 1)?;
@@ -711,7 +738,7 @@ fn shuffle<'t>(p: &mut Parser<'t>, m: &mut Mods<'t>, args: &[Arg<'t>]) -> Result
     Ok(Op::Shuffle { mode, d, p: q, a: source(1)?, b: source(2)?, c: source(3)?, mask: source(4)? })
 }
 
-fn plain(name: &str) -> Arg<'_> {
+pub(super) fn plain(name: &str) -> Arg<'_> {
     Arg::Name { name, negated: false }
 }
 
@@ -769,7 +796,7 @@ fn redux<'t>(p: &mut Parser<'t>, m: &mut Mods<'t>, args: &[Arg<'t>]) -> Result<O
     })
 }
 
-fn matrix_type(part: &str) -> Option<MatrixType> {
+pub(super) fn matrix_type(part: &str) -> Option<MatrixType> {
     Some(match part {
         "bf16" => MatrixType::Bf16,
         "f16" => MatrixType::F16,
@@ -830,26 +857,29 @@ fn mma<'t>(p: &mut Parser<'t>, m: &mut Mods<'t>, args: &[Arg<'t>]) -> Result<Op,
     })
 }
 
-fn load_matrix<'t>(p: &mut Parser<'t>, m: &mut Mods<'t>, args: &[Arg<'t>]) -> Result<Op, PtxError> {
+/// What `ldmatrix` and `stmatrix` share: whether matrices are transposed, how many there are, where their rows lie.
+fn matrix_rows<'t>(
+    p: &mut Parser<'t>,
+    m: &mut Mods<'t>,
+    rows: Option<&Arg<'t>>,
+) -> Result<(bool, usize, Address), PtxError> {
     need(m, "sync")?;
     need(m, "aligned")?;
     need(m, "m8n8")?;
     need(m, "b16")?;
-    let count_ = m.find(|part| match part {
+    let count = m.find(|part| match part {
         "x1" => Some(1),
         "x2" => Some(2),
         "x4" => Some(4),
         _ => None,
     });
-    let trans = m.has("trans");
-    let space = space(m);
-    let (Some(count_), Space::Shared) = (count_, space) else { return Err(m.unknown()) };
-    count(p, args, 2)?;
-    Ok(Op::LoadMatrix { trans, d: p.regs(&args[0], 32, count_)?, address: p.address(&args[1])? })
+    let (trans, space) = (m.has("trans"), space(m));
+    let (Some(count), Space::Shared, Some(rows)) = (count, space, rows) else { return Err(m.unknown()) };
+    Ok((trans, count, p.address(rows)?))
 }
 
 /// Groups of copies that may be waited for: more than any ring has stages.
-const MOST_GROUPS: u32 = 64;
+pub(super) const MOST_GROUPS: u32 = 64;
 
 fn copy<'t>(p: &mut Parser<'t>, m: &mut Mods<'t>, args: &[Arg<'t>]) -> Result<Op, PtxError> {
     need(m, "async")?;

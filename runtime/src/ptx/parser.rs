@@ -29,6 +29,8 @@ pub enum Arg<'t> {
     F64(u64),
     /// `[name+offset]`, `[offset]`.
     Address { base: Option<&'t str>, offset: i64 },
+    /// `[map, {x, y}]`.
+    Tile { map: &'t str, coordinates: Vec<Arg<'t>> },
     /// `{a, b}`.
     Vector(Vec<Arg<'t>>),
     /// `p|q`.
@@ -43,6 +45,7 @@ impl Arg<'_> {
             Arg::F32(bits) => f32::from_bits(*bits).to_string(),
             Arg::F64(bits) => f64::from_bits(*bits).to_string(),
             Arg::Address { base, offset } => format!("[{}+{offset}]", base.unwrap_or_default()),
+            Arg::Tile { map, .. } => format!("[{map}, {{..}}]"),
             Arg::Vector(parts) => {
                 format!("{{{}}}", parts.iter().map(Arg::shown).collect::<Vec<_>>().join(", "))
             }
@@ -119,6 +122,7 @@ fn empty_kernel() -> Kernel {
         required_threads: None,
         min_ctas: None,
         max_registers: None,
+        cluster: None,
         static_shared: 0,
         dynamic_shared: 0,
         banks: Banks::default(),
@@ -372,6 +376,14 @@ impl<'t> Parser<'t> {
                 }
                 ".minnctapersm" => self.kernel.min_ctas = Some(self.at_most("CTAs", 64)?),
                 ".maxnreg" => self.kernel.max_registers = Some(self.at_most("registers", 256)?),
+                // Clusters lie along x.
+                ".reqnctapercluster" => {
+                    self.kernel.cluster = Some(self.at_most("CTAs of a cluster", 16)?);
+                    while self.take(",") {
+                        self.at_most("CTAs of a cluster along y and z", 1)?;
+                    }
+                }
+                ".explicitcluster" => {}
                 ".pragma" => {
                     self.next();
                     self.take(";");
@@ -632,7 +644,7 @@ impl<'t> Parser<'t> {
         }
     }
 
-    /// The rest of `[base+offset]`.
+    /// The rest of `[base+offset]` or `[map, {x, y}]`.
     fn in_brackets(&mut self) -> Result<Arg<'t>, PtxError> {
         let token = self.next();
         let (base, mut offset) = match (token.kind, number(token.text)) {
@@ -646,6 +658,13 @@ impl<'t> Parser<'t> {
             offset = if negative { value.wrapping_neg() } else { value };
         } else if self.take("-") {
             offset = (self.integer()? as i64).wrapping_neg();
+        } else if let Some(map) = base
+            && self.take(",")
+        {
+            self.expect("{")?;
+            let coordinates = self.list()?;
+            self.expect("]")?;
+            return Ok(Arg::Tile { map, coordinates });
         }
         self.expect("]")?;
         Ok(Arg::Address { base, offset })
@@ -931,6 +950,12 @@ fn special(name: &str) -> Option<Special> {
         ("%lanemask_le", 3) => Special::LanemaskLe,
         ("%lanemask_gt", 3) => Special::LanemaskGt,
         ("%lanemask_ge", 3) => Special::LanemaskGe,
+        ("%cluster_ctarank", 3) => Special::ClusterCtaRank,
+        ("%cluster_nctarank", 3) => Special::ClusterNctaRank,
+        ("%cluster_ctaid", 0..3) => Special::ClusterCtaid(axis),
+        ("%cluster_nctaid", 0..3) => Special::ClusterNctaid(axis),
+        ("%clusterid", 0..3) => Special::ClusterId(axis),
+        ("%nclusterid", 0..3) => Special::NclusterId(axis),
         ("%dynamic_smem_size", 3) => Special::DynamicSharedBytes,
         _ => return None,
     })
