@@ -15,6 +15,9 @@
 //!   group of copies, `wait n` waits until all but the newest `n` groups of this thread have arrived, and a `sync` behind it
 //!   lets the others see them. What must be done by all threads of a warp or CTA together may not stand where some of them
 //!   do not come.
+//! * **Phases**: a `barrier` of CTAs is the end of one grid and the begin of the next ([`Kernel::phases`]). No register and no
+//!   shared memory outlives it, and of the values those that are the same in every grid: what is made of numbers, symbols and
+//!   `thread`, not of memory or registers.
 //!
 //! ```text
 //! kernel @l0.down : dot, schedule "mr 1, nr 4" (T in 1..1) {
@@ -35,6 +38,7 @@
 pub mod interp;
 pub mod parse;
 mod parts;
+pub mod phases;
 pub mod print;
 pub mod reads;
 pub mod verify;
@@ -534,9 +538,12 @@ impl Kernel {
         ids.filter(|(_, buffer)| matches!(buffer.space, Space::Global(_)))
     }
 
-    /// Where each shared buffer begins in a worker's shared memory: bytes, multiples of 128, in the order of the buffers.
+    /// Where each shared buffer that the body names begins in a worker's shared memory: bytes, multiples of 128, in the order
+    /// of the buffers.
     pub fn shared_offsets(&self) -> impl Iterator<Item = (BufferId, i64)> {
-        let shared = (0..).map(BufferId).zip(&self.buffers).filter(|(_, b)| b.space == Space::Shared);
+        let named = reads::buffers(self);
+        let shared = (0..).map(BufferId).zip(&self.buffers).zip(named);
+        let shared = shared.filter(|((_, b), named)| *named && b.space == Space::Shared).map(|(one, _)| one);
         shared.scan(0, |end, (id, buffer)| {
             let begin = *end;
             *end += (buffer.span() * buffer.dtype.bytes(1) as i64 + 127) / 128 * 128;

@@ -1,7 +1,8 @@
 //! What all GPUs have in common, real and emulated: which code of an artifact they take, and what a step launches.
 //!
 //! A kernel's parameters are the addresses of its buffers, then the symbols as 32-bit integers, each in the order of its text.
-//! Its workers are CTAs; any number of them computes the whole.
+//! Its workers are CTAs; any number of them computes the whole. A kernel with barriers is a grid for each of its phases
+//! ([`Kernel::phases`]), with the same parameters: in the order of one stream a grid begins when the one before has ended.
 
 use crate::artifact::Artifact;
 use crate::cpu::read_plan;
@@ -10,6 +11,7 @@ use crate::manifest::{Manifest, TargetCode};
 use ir::dim::MAX_SYMBOLS;
 use ir::kernel::{self, Kernel, reads};
 use ir::plan::Plan;
+use std::ops::Range;
 use std::path::Path;
 
 /// Version of how kernels are called; codegen's number must be the same.
@@ -103,11 +105,11 @@ pub fn images(target: &TargetCode, has: impl Fn(&str) -> bool, capability: u32) 
     sections.filter(|(_, section)| has(section)).collect()
 }
 
-/// A launch as a GPU is asked for it. Two that are equal do the same on the same memory.
+/// A grid as a GPU is asked for it. Two that are equal do the same on the same memory.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Call {
-    /// The kernel, by its number in the plan.
-    pub kernel: usize,
+    /// By its number in [`GpuCode::phases`].
+    pub phase: usize,
     /// CTAs.
     pub ctas: u32,
     /// Threads of a CTA.
@@ -116,6 +118,19 @@ pub struct Call {
     pub shared_bytes: u32,
     /// The parameters, as they lie in memory.
     pub params: Vec<u8>,
+}
+
+/// A phase of a kernel: one entry of the module.
+#[derive(Debug)]
+pub struct Phase {
+    /// The kernel, by its number in the plan.
+    pub kernel: usize,
+    /// What it runs.
+    pub code: Kernel,
+    /// Bytes of shared memory of a CTA.
+    pub shared_bytes: u32,
+    /// The symbols that it reads.
+    reads: [bool; MAX_SYMBOLS],
 }
 
 /// Code for GPUs, taken from an artifact and checked.
@@ -127,8 +142,10 @@ pub struct GpuCode {
     pub kernels: Vec<Kernel>,
     /// The module of all kernels.
     pub ptx: String,
-    /// Of each kernel: the symbols that it reads.
-    reads: Vec<[bool; MAX_SYMBOLS]>,
+    /// Those of the first kernel, in their order, then those of the next.
+    pub phases: Vec<Phase>,
+    /// Of each kernel: its phases.
+    of_kernel: Vec<Range<usize>>,
 }
 
 impl GpuCode {
@@ -167,37 +184,49 @@ impl GpuCode {
     }
 
     pub(crate) fn new(plan: Plan, kernels: Vec<Kernel>, ptx: String) -> GpuCode {
-        let reads = kernels.iter().map(reads::symbols).collect();
-        GpuCode { plan, kernels, ptx, reads }
+        let (mut phases, mut of_kernel) = (Vec::new(), Vec::new());
+        for (number, kernel) in kernels.iter().enumerate() {
+            let first = phases.len();
+            phases.extend(kernel.phases().into_iter().map(|code| {
+                let (shared_bytes, reads) = (code.shared_bytes() as u32, reads::symbols(&code));
+                Phase { kernel: number, code, shared_bytes, reads }
+            }));
+            of_kernel.push(first..phases.len());
+        }
+        GpuCode { plan, kernels, ptx, phases, of_kernel }
     }
 
-    /// What an entry point launches, in order, on buffers at these addresses, with at most so many CTAs each.
+    /// What an entry point launches, in order, on buffers at these addresses, with at most so many CTAs each: of each launch
+    /// the phases of its kernel.
     ///
-    /// A symbol that a kernel does not read is passed as 0, so that a launch depends on no more than it must.
+    /// A symbol that a phase does not read is passed as 0, so that a launch depends on no more than it must.
     pub fn calls(
         &self,
         entry: usize,
         addresses: &[u64],
         symbols: &[i64; MAX_SYMBOLS],
         most_ctas: u32,
-    ) -> Vec<Call> {
-        let call = |launch: &ir::plan::Launch| {
-            let kernel = &self.kernels[launch.kernel];
+    ) -> Vec<Vec<Call>> {
+        let call = |launch: &ir::plan::Launch, number: usize| {
+            let Phase { code, shared_bytes, reads, .. } = &self.phases[number];
             let mut params: Vec<u8> =
                 launch.args.iter().flat_map(|&arg| addresses[arg].to_le_bytes()).collect();
-            for (number, _) in kernel.symbols.0.iter().enumerate() {
-                let value = if self.reads[launch.kernel][number] { symbols[number] } else { 0 };
+            for (symbol, _) in code.symbols.0.iter().enumerate() {
+                let value = if reads[symbol] { symbols[symbol] } else { 0 };
                 params.extend((value as i32).to_le_bytes());
             }
             Call {
-                kernel: launch.kernel,
-                ctas: kernel.turns(symbols).min(most_ctas.into()) as u32,
-                threads: kernel.threads.into(),
-                shared_bytes: kernel.shared_bytes() as u32,
+                phase: number,
+                ctas: code.turns(symbols).min(most_ctas.into()) as u32,
+                threads: code.threads.into(),
+                shared_bytes: *shared_bytes,
                 params,
             }
         };
-        self.plan.entries[entry].launches.iter().map(call).collect()
+        let calls = |launch: &ir::plan::Launch| {
+            self.of_kernel[launch.kernel].clone().map(|number| call(launch, number)).collect()
+        };
+        self.plan.entries[entry].launches.iter().map(calls).collect()
     }
 
     /// Does an entry point launch the same for all tokens and positions? Then it can be recorded once and replayed.
@@ -206,8 +235,10 @@ impl GpuCode {
     pub fn is_constant(&self, entry: usize) -> bool {
         let entry = &self.plan.entries[entry];
         let varies = |number: usize| entry.symbols.0.get(number).is_none_or(|s| s.min != s.max);
-        let constant = |kernel: usize| (0..MAX_SYMBOLS).all(|n| !(self.reads[kernel][n] && varies(n)));
-        entry.launches.iter().all(|launch| constant(launch.kernel))
+        let constant = |phase: &Phase| (0..MAX_SYMBOLS).all(|n| !(phase.reads[n] && varies(n)));
+        let phases =
+            entry.launches.iter().flat_map(|launch| &self.phases[self.of_kernel[launch.kernel].clone()]);
+        phases.into_iter().all(constant)
     }
 }
 

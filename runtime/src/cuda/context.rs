@@ -224,12 +224,13 @@ impl Drop for Buffer {
 pub struct Module {
     context: Arc<Context>,
     module: sys::CUmodule,
-    /// By the number of the kernel.
-    kernels: Vec<Loaded>,
+    /// By the number of the phase.
+    phases: Vec<Loaded>,
 }
 
-/// A kernel of a module.
+/// An entry of a module.
 struct Loaded {
+    /// Its kernel's.
     name: String,
     function: sys::CUfunction,
 }
@@ -287,10 +288,10 @@ impl Module {
             }
             failure
         })?;
-        Ok(Module { context: context.clone(), module, kernels: Vec::new() })
+        Ok(Module { context: context.clone(), module, phases: Vec::new() })
     }
 
-    /// Looks up the next kernel: its name in the program and in the code, and the shared memory that it asks for.
+    /// Looks up the next phase: its kernel's name, its own in the code, and the shared memory that it asks for.
     ///
     /// # Errors
     ///
@@ -309,18 +310,18 @@ impl Module {
                 (driver.cuFuncSetAttribute)(function, attribute, shared_bytes as i32)
             })?;
         }
-        self.kernels.push(Loaded { name: name.to_string(), function });
+        self.phases.push(Loaded { name: name.to_string(), function });
         Ok(())
     }
 
-    /// Launches a kernel on the stream, without waiting for it.
+    /// Launches a grid on the stream, without waiting for it.
     ///
     /// # Errors
     ///
     /// [`DeviceError::Launch`]; of an earlier launch's fault too, if it is seen only now.
     pub fn launch(&self, call: &Call) -> Result<(), DeviceError> {
-        let Call { kernel, ctas, threads, shared_bytes, params } = call;
-        let Loaded { name, function } = &self.kernels[*kernel];
+        let Call { phase, ctas, threads, shared_bytes, params } = call;
+        let Loaded { name, function } = &self.phases[*phase];
         let mut bytes = params.len();
         // The keys are small numbers in the place of pointers (CUDA Driver API, "cuLaunchKernel").
         let key = |number: u32| ptr::without_provenance_mut::<c_void>(number as usize);
