@@ -2,7 +2,8 @@
 //!
 //! A worker is a CTA; the iterations of `parallel` are dealt out to the CTAs of the grid, so any grid computes the whole. A
 //! kernel's parameters are the addresses of its buffers, then its symbols as 32-bit integers, each in the order of its
-//! text, then its tensor maps, 128 bytes each at multiples of 64. Its shared memory is dynamic: the launch says how much, as [`ir::kernel::Kernel::shared_bytes`] does.
+//! text, then its tensor maps, 128 bytes each at multiples of 64. Its shared memory is dynamic: the launch says how much, as [`ir::kernel::Kernel::shared_bytes`] does. A kernel with
+//! barriers is an entry for each of its phases ([`Kernel::phases`]), with the parameters of the whole.
 
 use crate::cpu::{CodegenError, Form, PASSES, emit};
 use crate::lower::{Features, Pause, declare_shared, ending, function};
@@ -65,7 +66,7 @@ impl Architecture {
     }
 }
 
-/// A kernel's name in PTX, which knows no dots: `q.1` is `k_q$1`.
+/// A kernel's name in PTX, which knows no dots: `q.1` is `k_q$1`, and its second phase `k_q$1$$1`.
 pub fn symbol(kernel: &str) -> String {
     format!("k_{}", kernel.replace('.', "$"))
 }
@@ -126,7 +127,9 @@ pub fn llvm(kernels: &[Kernel], architecture: &Architecture) -> Result<String, C
     let mut needs = BTreeSet::new();
     for kernel in kernels {
         check(kernel, architecture)?;
-        text += &function(kernel, Features { bf16: true, pause: Pause::Grid }, &mut needs);
+        for phase in kernel.phases() {
+            text += &function(&phase, Features { bf16: true, pause: Pause::Grid }, &mut needs);
+        }
     }
     Ok(text + &ending(needs))
 }

@@ -15,6 +15,9 @@
 //!   group of copies, `wait n` waits until all but the newest `n` groups of this thread have arrived, and a `sync` behind it
 //!   lets the others see them. What must be done by all threads of a warp or CTA together may not stand where some of them
 //!   do not come. What only warpgroups of later GPUs do is told in [`warpgroup`].
+//! * **Phases**: a `barrier` of CTAs is the end of one grid and the begin of the next ([`Kernel::phases`]). No register and no
+//!   shared memory outlives it, and of the values those that are the same in every grid: what is made of numbers, symbols and
+//!   `thread`, not of memory or registers.
 //!
 //! ```text
 //! kernel @l0.down : dot, schedule "mr 1, nr 4" (T in 1..1) {
@@ -35,6 +38,7 @@
 pub mod interp;
 pub mod parse;
 mod parts;
+pub mod phases;
 pub mod print;
 pub mod reads;
 pub mod verify;
@@ -560,12 +564,14 @@ impl Kernel {
         ids.filter(|(_, buffer)| matches!(buffer.space, Space::Global(_)))
     }
 
-    /// Where each shared buffer begins in a worker's shared memory: bytes, in the order of the buffers, multiples of 128, of
-    /// swizzled ones of 1,024.
+    /// Where each shared buffer that the body names begins in a worker's shared memory: bytes, in the order of the buffers,
+    /// multiples of 128, of swizzled ones of 1,024.
     pub fn shared_offsets(&self) -> impl Iterator<Item = (BufferId, i64)> {
-        let shared = |(_, b): &(BufferId, &Buffer)| matches!(b.space, Space::Shared | Space::Swizzled);
-        let shared = (0..).map(BufferId).zip(&self.buffers).filter(shared);
-        shared.scan(0i64, |end, (id, buffer)| {
+        let named = reads::buffers(self);
+        let shared = (0..).map(BufferId).zip(&self.buffers).zip(named);
+        let shared =
+            shared.filter(|((_, b), named)| *named && matches!(b.space, Space::Shared | Space::Swizzled));
+        shared.map(|(one, _)| one).scan(0i64, |end, (id, buffer)| {
             let align = if buffer.space == Space::Swizzled { 1024 } else { 128 };
             let begin = (*end + align - 1) / align * align;
             *end = self.shared_end(id, begin);

@@ -194,11 +194,11 @@ impl CudaProgram {
             Some(after) => self.tapped(number, &calls(caches), caches, after)?,
             None if self.code.is_constant(number) => {
                 if !caches.graphs.contains_key(&number) {
-                    caches.graphs.insert(number, self.module.record(&calls(caches))?);
+                    caches.graphs.insert(number, self.module.record(&calls(caches).concat())?);
                 }
                 caches.graphs[&number].launch()?;
             }
-            None => calls(caches).iter().try_for_each(|call| self.module.launch(call))?,
+            None => calls(caches).iter().flatten().try_for_each(|call| self.module.launch(call))?,
         }
         // What a kernel does wrong is seen no later than here.
         self.context.wait().map_err(|failure| DeviceError::Launch {
@@ -221,18 +221,18 @@ impl CudaProgram {
     fn tapped(
         &self,
         number: usize,
-        calls: &[gpu::Call],
+        launches: &[Vec<gpu::Call>],
         caches: &Caches,
         after: &mut dyn FnMut(Tap<'_>),
     ) -> Result<(), DeviceError> {
         let entry = &self.code.plan.entries[number];
         let origin = Event::record(&self.context)?;
-        for (launch, call) in calls.iter().enumerate() {
+        for (launch, calls) in launches.iter().enumerate() {
             let begin = Event::record(&self.context)?;
-            self.module.launch(call)?;
+            calls.iter().try_for_each(|call| self.module.launch(call))?;
             // What the kernel does wrong is seen by whatever is asked next.
             let failed = |failure: Failure| DeviceError::Launch {
-                kernel: self.code.kernels[call.kernel].name.clone(),
+                kernel: self.code.kernels[entry.launches[launch].kernel].name.clone(),
                 said: failure.to_string(),
             };
             let end = Event::record(&self.context).map_err(failed)?;
@@ -258,7 +258,7 @@ fn buffers(
     wanted.map(|(number, buffer)| Ok((number, Buffer::zeroed(context, buffer.bytes)?))).collect()
 }
 
-/// Loads a target's code in the best form that the driver takes, and looks up its kernels.
+/// Loads a target's code in the best form that the driver takes, and looks up its entries.
 fn load_module(
     artifact: &Artifact,
     target: &TargetCode,
@@ -266,19 +266,22 @@ fn load_module(
     context: &Arc<Context>,
 ) -> Result<Module, DeviceError> {
     let gpu = &context.gpu;
-    for kernel in &code.kernels {
-        let (needs, has) = (kernel.shared_bytes(), i64::from(gpu.shared_bytes));
+    let failed = |phase: &gpu::Phase, said: String| DeviceError::Launch {
+        kernel: code.kernels[phase.kernel].name.clone(),
+        said,
+    };
+    for phase in &code.phases {
+        let (needs, has) = (phase.shared_bytes, gpu.shared_bytes);
         if needs > has {
             let said = format!("it needs {needs} bytes of shared memory, {gpu} has {has}");
-            return Err(DeviceError::Launch { kernel: kernel.name.clone(), said });
+            return Err(failed(phase, said));
         }
     }
     let mut module = load_image(artifact, target, code, context)?;
-    for kernel in &code.kernels {
-        let shared_bytes = kernel.shared_bytes() as u32;
-        module.add(&kernel.name, &gpu::symbol(&kernel.name), shared_bytes).map_err(|failure| {
-            DeviceError::Launch { kernel: kernel.name.clone(), said: failure.to_string() }
-        })?;
+    for phase in &code.phases {
+        let (name, symbol) = (&code.kernels[phase.kernel].name, gpu::symbol(&phase.code.name));
+        let added = module.add(name, &symbol, phase.shared_bytes);
+        added.map_err(|failure| failed(phase, failure.to_string()))?;
     }
     Ok(module)
 }

@@ -36,7 +36,7 @@ mod wgmma;
 pub use counts::{Class, Counts, KernelCounts};
 pub use memory::Memory;
 pub use program::Program;
-pub use tensor_map::{Fill, Swizzle, TensorMap, TensorMapError};
+pub use tensor_map::{Fill, Swizzle, TENSOR_MAP_ALIGN, TENSOR_MAP_BYTES, TensorMap, TensorMapError};
 
 use crate::ptx::{Kernel, Space};
 use std::fmt;

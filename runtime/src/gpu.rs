@@ -1,15 +1,20 @@
 //! What all GPUs have in common, real and emulated: which code of an artifact they take, and what a step launches.
 //!
 //! A kernel's parameters are the addresses of its buffers, then the symbols as 32-bit integers, each in the order of its text.
-//! Its workers are CTAs; any number of them computes the whole.
+//! Its workers are CTAs; any number of them computes the whole. A kernel with barriers is a grid for each of its phases
+//! ([`Kernel::phases`]), with the same parameters: in the order of one stream a grid begins when the one before has ended.
 
 use crate::artifact::Artifact;
 use crate::cpu::read_plan;
 use crate::device::DeviceError;
+use crate::emulator::{Fill, Swizzle, TENSOR_MAP_ALIGN, TENSOR_MAP_BYTES, TensorMap};
 use crate::manifest::{Manifest, TargetCode};
+use crate::ptx::Type;
 use ir::dim::MAX_SYMBOLS;
-use ir::kernel::{self, Kernel, reads};
+use ir::dtype::DType;
+use ir::kernel::{self, Buffer, Kernel, reads};
 use ir::plan::Plan;
+use std::ops::Range;
 use std::path::Path;
 
 /// Version of how kernels are called; codegen's number must be the same.
@@ -103,19 +108,34 @@ pub fn images(target: &TargetCode, has: impl Fn(&str) -> bool, capability: u32) 
     sections.filter(|(_, section)| has(section)).collect()
 }
 
-/// A launch as a GPU is asked for it. Two that are equal do the same on the same memory.
+/// A grid as a GPU is asked for it. Two that are equal do the same on the same memory.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Call {
-    /// The kernel, by its number in the plan.
-    pub kernel: usize,
+    /// By its number in [`GpuCode::phases`].
+    pub phase: usize,
     /// CTAs.
     pub ctas: u32,
     /// Threads of a CTA.
     pub threads: u32,
     /// Bytes of dynamic shared memory of a CTA.
     pub shared_bytes: u32,
-    /// The parameters, as they lie in memory.
+    /// The parameters, as they lie in memory; without tensor maps, which each device writes in its own way.
     pub params: Vec<u8>,
+    /// The tensor maps behind them: see [`with_maps`].
+    pub maps: Vec<TensorMap>,
+}
+
+/// A phase of a kernel: one entry of the module.
+#[derive(Debug)]
+pub struct Phase {
+    /// The kernel, by its number in the plan.
+    pub kernel: usize,
+    /// What it runs.
+    pub code: Kernel,
+    /// Bytes of shared memory of a CTA.
+    pub shared_bytes: u32,
+    /// The symbols that it reads.
+    reads: [bool; MAX_SYMBOLS],
 }
 
 /// Code for GPUs, taken from an artifact and checked.
@@ -127,8 +147,10 @@ pub struct GpuCode {
     pub kernels: Vec<Kernel>,
     /// The module of all kernels.
     pub ptx: String,
-    /// Of each kernel: the symbols that it reads.
-    reads: Vec<[bool; MAX_SYMBOLS]>,
+    /// Those of the first kernel, in their order, then those of the next.
+    pub phases: Vec<Phase>,
+    /// Of each kernel: its phases.
+    of_kernel: Vec<Range<usize>>,
 }
 
 impl GpuCode {
@@ -167,37 +189,50 @@ impl GpuCode {
     }
 
     pub(crate) fn new(plan: Plan, kernels: Vec<Kernel>, ptx: String) -> GpuCode {
-        let reads = kernels.iter().map(reads::symbols).collect();
-        GpuCode { plan, kernels, ptx, reads }
+        let (mut phases, mut of_kernel) = (Vec::new(), Vec::new());
+        for (number, kernel) in kernels.iter().enumerate() {
+            let first = phases.len();
+            phases.extend(kernel.phases().into_iter().map(|code| {
+                let (shared_bytes, reads) = (code.shared_bytes() as u32, reads::symbols(&code));
+                Phase { kernel: number, code, shared_bytes, reads }
+            }));
+            of_kernel.push(first..phases.len());
+        }
+        GpuCode { plan, kernels, ptx, phases, of_kernel }
     }
 
-    /// What an entry point launches, in order, on buffers at these addresses, with at most so many CTAs each.
+    /// What an entry point launches, in order, on buffers at these addresses, with at most so many CTAs each: of each launch
+    /// the phases of its kernel.
     ///
-    /// A symbol that a kernel does not read is passed as 0, so that a launch depends on no more than it must.
+    /// A symbol that a phase does not read is passed as 0, so that a launch depends on no more than it must.
     pub fn calls(
         &self,
         entry: usize,
         addresses: &[u64],
         symbols: &[i64; MAX_SYMBOLS],
         most_ctas: u32,
-    ) -> Vec<Call> {
-        let call = |launch: &ir::plan::Launch| {
-            let kernel = &self.kernels[launch.kernel];
-            let mut params: Vec<u8> =
-                launch.args.iter().flat_map(|&arg| addresses[arg].to_le_bytes()).collect();
-            for (number, _) in kernel.symbols.0.iter().enumerate() {
-                let value = if self.reads[launch.kernel][number] { symbols[number] } else { 0 };
+    ) -> Vec<Vec<Call>> {
+        let call = |launch: &ir::plan::Launch, number: usize| {
+            let Phase { code, shared_bytes, reads, .. } = &self.phases[number];
+            let bound: Vec<u64> = launch.args.iter().map(|&arg| addresses[arg]).collect();
+            let mut params: Vec<u8> = bound.iter().flat_map(|address| address.to_le_bytes()).collect();
+            for (symbol, _) in code.symbols.0.iter().enumerate() {
+                let value = if reads[symbol] { symbols[symbol] } else { 0 };
                 params.extend((value as i32).to_le_bytes());
             }
             Call {
-                kernel: launch.kernel,
-                ctas: kernel.turns(symbols).min(most_ctas.into()) as u32,
-                threads: kernel.threads.into(),
-                shared_bytes: kernel.shared_bytes() as u32,
+                phase: number,
+                ctas: code.turns(symbols).min(most_ctas.into()) as u32,
+                threads: code.threads.into(),
+                shared_bytes: *shared_bytes,
                 params,
+                maps: tensor_maps(code, &bound, symbols),
             }
         };
-        self.plan.entries[entry].launches.iter().map(call).collect()
+        let calls = |launch: &ir::plan::Launch| {
+            self.of_kernel[launch.kernel].clone().map(|number| call(launch, number)).collect()
+        };
+        self.plan.entries[entry].launches.iter().map(calls).collect()
     }
 
     /// Does an entry point launch the same for all tokens and positions? Then it can be recorded once and replayed.
@@ -206,9 +241,53 @@ impl GpuCode {
     pub fn is_constant(&self, entry: usize) -> bool {
         let entry = &self.plan.entries[entry];
         let varies = |number: usize| entry.symbols.0.get(number).is_none_or(|s| s.min != s.max);
-        let constant = |kernel: usize| (0..MAX_SYMBOLS).all(|n| !(self.reads[kernel][n] && varies(n)));
-        entry.launches.iter().all(|launch| constant(launch.kernel))
+        let constant = |phase: &Phase| (0..MAX_SYMBOLS).all(|n| !(phase.reads[n] && varies(n)));
+        let phases =
+            entry.launches.iter().flat_map(|launch| &self.phases[self.of_kernel[launch.kernel].clone()]);
+        phases.into_iter().all(constant)
     }
+}
+
+/// The tensor maps of a kernel, on params at these addresses, in calling order.
+///
+/// # Panics
+///
+/// On a kernel that the verifier refuses.
+pub fn tensor_maps(kernel: &Kernel, addresses: &[u64], symbols: &[i64; MAX_SYMBOLS]) -> Vec<TensorMap> {
+    let map = |map: &ir::kernel::warpgroup::TensorMap| {
+        let param = kernel.params().position(|(id, _)| id == map.buffer).expect("a map is of a param");
+        let Buffer { dtype, shape, strides, .. } = &kernel[map.buffer];
+        let bytes = dtype.bytes(1) as u64;
+        // A map's lists go from the innermost dimension outwards, and the innermost has no stride.
+        let outwards = || (0..shape.len()).rev();
+        TensorMap {
+            dtype: match dtype {
+                DType::F64 => Type::F64,
+                DType::F32 => Type::F32,
+                DType::F16 => Type::F16,
+                DType::BF16 => Type::Bf16,
+                DType::I32 => Type::S32,
+                DType::I8 | DType::U8 | DType::Bool | DType::Block(_) => Type::U8,
+            },
+            base: addresses[param],
+            dims: outwards().map(|axis| shape[axis].eval(symbols) as u64).collect(),
+            strides: outwards().skip(1).map(|axis| strides[axis] as u64 * bytes).collect(),
+            tile: outwards().map(|axis| map.extents[axis].into()).collect(),
+            element_strides: vec![1; shape.len()],
+            swizzle: Swizzle::Bytes128,
+            fill: Fill::Zeros,
+        }
+    };
+    kernel.maps.iter().map(map).collect()
+}
+
+/// Parameters with the bytes of tensor maps behind them, at multiples of 64.
+pub fn with_maps(params: &[u8], maps: impl IntoIterator<Item = [u8; TENSOR_MAP_BYTES]>) -> Vec<u8> {
+    maps.into_iter().fold(params.to_vec(), |mut params, map| {
+        params.resize(params.len().next_multiple_of(TENSOR_MAP_ALIGN as usize), 0);
+        params.extend(map);
+        params
+    })
 }
 
 /// The version of the PTX ISA that a text asks for: `7.4`.

@@ -1,12 +1,12 @@
 //! The PTX emulator as a device: an artifact's GPU code, run warp by warp on the CPU, with every access checked.
 //!
-//! Each launch runs to its end before the next begins. The arena is unwritten when a step begins, and what a kernel shall write
+//! Each grid runs to its end before the next begins. The arena is unwritten when a step begins, and what a kernel shall write
 //! when it begins: reading what nobody wrote is reported, as a race or a missing wait is. A report fails the step.
 
 use crate::artifact::Artifact;
 use crate::cpu::weights_of;
 use crate::device::{self, Device, DeviceError, Program, State, Step, StepOutputs, Tap, Tapped, Want};
-use crate::emulator::{self, Counts, Grid, Memory, Options, Sm, Sums};
+use crate::emulator::{self, Counts, Grid, Memory, Options, Sm, Sums, TensorMap};
 use crate::gpu::{self, Call, GpuCode};
 use crate::manifest::Manifest;
 use crate::ptx::Module;
@@ -57,8 +57,8 @@ pub struct EmulatedProgram {
     file: PathBuf,
     context: usize,
     code: GpuCode,
-    /// Of each kernel of the plan.
-    kernels: Vec<emulator::Program>,
+    /// Of each phase of the code.
+    phases: Vec<emulator::Program>,
     memory: Arc<Mutex<Memory>>,
     /// Of each buffer of the plan; 0 for states, which are a [`State`]'s own.
     addresses: Vec<u64>,
@@ -91,15 +91,16 @@ impl EmulatedProgram {
         let code = GpuCode::read(artifact, target)?;
         let failed = |kernel: &str, said: String| DeviceError::Launch { kernel: kernel.to_string(), said };
         let module = Module::parse(&code.ptx).map_err(|e| failed(&target.code_section(), e.to_string()))?;
-        let mut kernels = Vec::new();
-        for kernel in &code.kernels {
-            let ptx = module.kernel(&gpu::symbol(&kernel.name));
-            let ptx = ptx.ok_or_else(|| failed(&kernel.name, "its PTX is not in the module".to_string()))?;
-            kernels.push(emulator::Program::new(ptx));
-            let (needs, has) = (kernel.shared_bytes(), i64::from(device.sm.shared_bytes()));
+        let mut phases = Vec::new();
+        for phase in &code.phases {
+            let name = &code.kernels[phase.kernel].name;
+            let ptx = module.kernel(&gpu::symbol(&phase.code.name));
+            let ptx = ptx.ok_or_else(|| failed(name, "its PTX is not in the module".to_string()))?;
+            phases.push(emulator::Program::new(ptx));
+            let (needs, has) = (phase.shared_bytes, device.sm.shared_bytes());
             if needs > has {
                 let said = format!("it needs {needs} bytes of shared memory, the GPU has {has}");
-                return Err(failed(&kernel.name, said));
+                return Err(failed(name, said));
             }
         }
         let weights = weights_of(artifact, target, &code.plan)?;
@@ -122,7 +123,7 @@ impl EmulatedProgram {
             context: manifest.context,
             arena: arena..arena + code.plan.arena_bytes as u64,
             code,
-            kernels,
+            phases,
             memory: Arc::new(Mutex::new(memory)),
             addresses,
             counts: Counts::default(),
@@ -156,9 +157,9 @@ impl EmulatedProgram {
         memory.write(addresses[tokens], &held);
         memory.write(addresses[positions], &at);
         let origin = Instant::now();
-        for (launch, call) in self.code.calls(number, &addresses, &symbols, MOST_CTAS).iter().enumerate() {
+        for (launch, calls) in self.code.calls(number, &addresses, &symbols, MOST_CTAS).iter().enumerate() {
             let begin = origin.elapsed().as_secs_f64();
-            let counts = self.launch(number, launch, call, &addresses, &mut memory)?;
+            let counts = self.launch(number, launch, calls, &addresses, &mut memory)?;
             self.counts += counts;
             let workers = [begin..origin.elapsed().as_secs_f64()];
             let entry = &self.code.plan.entries[number];
@@ -175,26 +176,33 @@ impl EmulatedProgram {
         &self,
         entry: usize,
         number: usize,
-        call: &Call,
+        calls: &[Call],
         addresses: &[u64],
         memory: &mut Memory,
     ) -> Result<Counts, DeviceError> {
-        let kernel = &self.code.kernels[call.kernel];
-        for ((_, param), &arg) in kernel.params().zip(&self.code.plan.entries[entry].launches[number].args) {
+        let launch = &self.code.plan.entries[entry].launches[number];
+        let kernel = &self.code.kernels[launch.kernel];
+        for ((_, param), &arg) in kernel.params().zip(&launch.args) {
             if param.space == Space::Global(Access::Write) {
                 memory.forget(addresses[arg], self.code.plan.buffers[arg].bytes);
             }
         }
-        let grid = Grid {
-            ctas: [call.ctas, 1, 1],
-            threads: [call.threads, 1, 1],
-            cluster: 1,
-            dynamic_shared: call.shared_bytes,
-        };
+        let failed = |said| DeviceError::Launch { kernel: kernel.name.clone(), said };
         let options = Options { sm: self.device.sm, seed: self.device.seed, sums: self.device.sums };
-        self.kernels[call.kernel]
-            .launch(&grid, &call.params, memory, &options)
-            .map_err(|report| DeviceError::Launch { kernel: kernel.name.clone(), said: report.to_string() })
+        let mut counts = Counts::default();
+        for call in calls {
+            let grid = Grid {
+                ctas: [call.ctas, 1, 1],
+                threads: [call.threads, 1, 1],
+                cluster: 1,
+                dynamic_shared: call.shared_bytes,
+            };
+            let maps = call.maps.iter().map(TensorMap::encode).collect::<Result<Vec<_>, _>>();
+            let params = gpu::with_maps(&call.params, maps.map_err(|refused| failed(refused.to_string()))?);
+            let ran = self.phases[call.phase].launch(&grid, &params, memory, &options);
+            counts += ran.map_err(|report| failed(report.to_string()))?;
+        }
+        Ok(counts)
     }
 }
 

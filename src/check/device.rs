@@ -10,7 +10,8 @@ use ir::kernel::interp::{self, Fault, KBuffer};
 use ir::kernel::{Access, Buffer, Kernel, Space, verify};
 use ir::plan::{Cost, Entry, Give, Launch, Plan, PlanKernel};
 use runtime::code::{Code, CodeError, Guarded};
-use runtime::emulator::{self, Grid, Memory, Report, Sm, Sums};
+use runtime::emulator::{self, Grid, Memory, Report, Sm, Sums, TensorMapError};
+use runtime::gpu;
 use runtime::map::MapError;
 use runtime::ptx::{Module, PtxError};
 use std::ops::Range;
@@ -40,6 +41,8 @@ pub enum LaunchError {
     Size { param: String, found: usize, expected: usize },
     #[error("`%{param}` is only read, and its argument has nothing in it")]
     Empty { param: String },
+    #[error("a tensor map of it: {0}")]
+    Map(#[from] TensorMapError),
     #[error("no memory for a launch")]
     Memory(#[from] MapError),
 }
@@ -239,7 +242,8 @@ impl Compiled {
 
 /// PTX of kernels, for the emulator.
 pub struct Emulated {
-    programs: Vec<emulator::Program>,
+    /// Of each kernel: its phases.
+    programs: Vec<Vec<emulator::Program>>,
     sm: Sm,
     sums: Sums,
 }
@@ -265,11 +269,13 @@ impl Emulated {
     /// Without such kernels.
     pub fn of_ptx(ptx: &str, kernels: usize, sm: Sm) -> Result<Emulated, PtxError> {
         let module = Module::parse(ptx)?;
-        let program = |number: usize| {
-            let code = module.kernel(&nvptx::symbol(&number.to_string())).expect("every kernel is in it");
-            emulator::Program::new(code)
+        let phase = |name: &str| module.kernel(&nvptx::symbol(name)).map(emulator::Program::new);
+        let phases = |number: usize| {
+            let first = phase(&number.to_string()).expect("every kernel is in it");
+            let further = (1..).map_while(|after| phase(&format!("{number}..{after}")));
+            [first].into_iter().chain(further).collect()
         };
-        Ok(Emulated { programs: (0..kernels).map(program).collect(), sm, sums: Sums::default() })
+        Ok(Emulated { programs: (0..kernels).map(phases).collect(), sm, sums: Sums::default() })
     }
 
     /// Runs three times, in other orders of warps and with fewer CTAs: the bits must be the same.
@@ -281,7 +287,8 @@ impl Emulated {
         symbols: [i64; MAX_SYMBOLS],
     ) -> Result<Vec<Vec<f64>>, LaunchError> {
         let params: Vec<Param> = kernel.params().map(|(_, buffer)| Param::new(buffer, &symbols)).collect();
-        let launch = |seed: u64, ctas: i64| -> Result<Vec<Vec<u8>>, LaunchError> {
+        let phases = kernel.phases();
+        let launch = |seed: u64, turns_each: i64| -> Result<Vec<Vec<u8>>, LaunchError> {
             let mut memory = Memory::new();
             let mut bytes = Vec::new();
             let mut addresses = Vec::new();
@@ -301,24 +308,28 @@ impl Emulated {
             for (_, &value) in kernel.symbols.0.iter().zip(&symbols) {
                 bytes.extend((value as i32).to_le_bytes());
             }
-            let grid = Grid {
-                ctas: [ctas.max(1) as u32, 1, 1],
-                threads: [kernel.threads.into(), 1, 1],
-                cluster: 1,
-                dynamic_shared: kernel.shared_bytes() as u32,
-            };
             let options = emulator::Options { sm: self.sm, seed, sums: self.sums };
-            self.programs[number].launch(&grid, &bytes, &mut memory, &options).map_err(Box::new)?;
+            for (phase, program) in phases.iter().zip(&self.programs[number]) {
+                let grid = Grid {
+                    ctas: [((phase.turns(&symbols) - 1) / turns_each + 1) as u32, 1, 1],
+                    threads: [phase.threads.into(), 1, 1],
+                    cluster: 1,
+                    dynamic_shared: phase.shared_bytes() as u32,
+                };
+                let maps = gpu::tensor_maps(phase, &addresses, &symbols);
+                let maps = maps.iter().map(|map| map.encode().map_err(LaunchError::Map));
+                let bytes = gpu::with_maps(&bytes, maps.collect::<Result<Vec<_>, _>>()?);
+                program.launch(&grid, &bytes, &mut memory, &options).map_err(Box::new)?;
+            }
             let read = |(param, &address): (&Param, &u64)| {
                 let bytes = param.span * param.buffer.dtype.bytes(1);
                 param.elems(memory.read(address, bytes))
             };
             Ok(params.iter().zip(&addresses).map(read).collect())
         };
-        let turns = kernel.turns(&symbols);
-        let first = launch(1, turns)?;
-        for (seed, ctas) in [(2, 1), (3, (turns + 1) / 2)] {
-            let again = launch(seed, ctas)?;
+        let first = launch(1, 1)?;
+        for (seed, turns_each) in [(2, i64::MAX), (3, 2)] {
+            let again = launch(seed, turns_each)?;
             for (param, (first, again)) in params.iter().zip(first.iter().zip(&again)) {
                 if let Some(byte) = first.iter().zip(again).position(|(a, b)| a != b) {
                     let at = byte / param.buffer.dtype.bytes(1);

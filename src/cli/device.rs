@@ -22,14 +22,14 @@ pub struct DeviceOptions {
     /// Threads [default: physical cores that this process may use]
     #[arg(long, short, value_parser = positive, value_name = "N")]
     pub threads: Option<usize>,
-    /// Device to run on: cpu; cuda[:N] (an NVIDIA GPU, the first or number N); ptx-emulator[:sm_80] (a GPU's code, on this
-    /// CPU, with every access checked); interpreter (slow, in f64); null (checks the plan, computes nothing)
+    /// Device to run on: cpu; cuda[:N] (an NVIDIA GPU, the first or number N); ptx-emulator[:sm_90a] (a GPU's code, on
+    /// this CPU, with every access checked; sm_80 if none is named); interpreter (slow, in f64); null (checks the plan, computes nothing)
     #[arg(long, default_value = "cpu", value_name = "DEVICE")]
     pub device: String,
 }
 
 /// Devices that this program has.
-const KNOWN: &str = "cpu, cuda, cuda:N with a GPU's number, ptx-emulator, ptx-emulator:SM with sm_80, sm_89 or sm_120, interpreter, null";
+const KNOWN: &str = "cpu, cuda, cuda:N with a GPU's number, ptx-emulator, ptx-emulator:SM with sm_80, sm_89, sm_90a or sm_120, interpreter, null";
 
 /// Whose code of an artifact a device runs.
 #[derive(Clone, Copy, Debug, Default)]
@@ -52,7 +52,8 @@ impl Machine {
     pub fn target(self) -> &'static str {
         match self {
             Machine::Cpu => "cpu:native",
-            Machine::Emulated(_) | Machine::Cuda { .. } => "cuda:sm_80",
+            Machine::Emulated(sm) => best(sm.capability()),
+            Machine::Cuda { capability } => best(capability),
         }
     }
 
@@ -78,6 +79,14 @@ impl Machine {
             Machine::Cuda { capability } => gpu::remark(capability),
         }
     }
+}
+
+/// The machine whose code a GPU of this compute capability takes first.
+#[cfg(feature = "compiler")]
+fn best(capability: u32) -> &'static str {
+    let (sm, _) = gpu::takes(capability).first().expect("no older GPU is opened");
+    let architecture = codegen::nvptx::ARCHITECTURES.iter().find(|a| a.cpu == *sm);
+    architecture.expect("every machine in the loader's table has a generator").name
 }
 
 impl DeviceOptions {
@@ -121,8 +130,7 @@ impl DeviceOptions {
     fn emulated(&self) -> Option<Sm> {
         match self.device.strip_prefix("ptx-emulator")? {
             "" => Some(Sm::Sm80),
-            // What only sm_90a has, no code asks for yet.
-            rest => Sm::from_str(rest.strip_prefix(':')?).ok().filter(|&sm| sm != Sm::Sm90a),
+            rest => Sm::from_str(rest.strip_prefix(':')?).ok(),
         }
     }
 }

@@ -46,10 +46,10 @@ fn launches_the_same() -> Checked<()> {
     let code = GpuCode::read(&artifact, gpu::choose(artifact.file(), &manifest, 80)?)?;
     let decode = code.plan.entry_number(1, Give::Last).ok_or("a decode step")?;
     let addresses: Vec<u64> = (1..=code.plan.buffers.len() as u64).map(|number| number << 8).collect();
-    let calls = |past| code.calls(decode, &addresses, &[1, past, 0, 0], u32::MAX);
+    let calls = |past| code.calls(decode, &addresses, &[1, past, 0, 0], u32::MAX).concat();
     let parted = calls(0).into_iter().zip(calls(1000)).find(|(first, later)| first != later);
     if let Some((first, later)) = parted {
-        let kernel = &code.kernels[first.kernel].name;
+        let kernel = &code.phases[first.phase].code.name;
         return Err(format!("@{kernel}: {first:?} at first, {later:?} behind 1000 positions").into());
     }
     if !code.is_constant(decode) {

@@ -4,13 +4,15 @@
 //! numbers may come or not.
 
 use crate::Checked;
+use codegen::Backend;
 use codegen::nvptx::{self, ARCHITECTURES};
 use ir::kernel::Kernel;
+use ir::kernel::parse::parse;
 use libtest_mimic::Trial;
 use llamac::check::cases::{Case, cases, gpu};
 use llamac::check::device::{Device, Emulated, LaunchError};
 use llamac::check::{Feed, Subject, results};
-use runtime::emulator::Sm;
+use runtime::emulator::{Fault, Sm};
 
 /// A case for each kind of kernel that synchronises: enough steps to go around its ring, and several turns of a worker.
 const KERNELS: [&str; 7] = [
@@ -34,7 +36,33 @@ pub fn trials() -> Vec<Trial> {
     let trial = |name: &'static str| {
         Trial::test(format!("synchronisation {name}"), move || deletions(name).map_err(Into::into))
     };
-    KERNELS.map(trial).into()
+    let mut trials: Vec<Trial> = KERNELS.map(trial).into();
+    trials.push(Trial::test("synchronisation of phases", || phases().map_err(Into::into)));
+    trials
+}
+
+/// A kernel of which each phase is a grid; in one grid its CTAs race.
+fn phases() -> Checked<()> {
+    let text = include_str!("../lower/ptx/phases.ir");
+    let rows = 4;
+    let x: Vec<f64> = (0..rows * 32).map(f64::from).collect();
+    let run = |text: &str| -> Checked<Result<Vec<Vec<f64>>, LaunchError>> {
+        let kernels = parse(text)?;
+        let mut device = Device::of(&Backend::of("cuda:sm_80")?, &kernels)?;
+        let held = [Some(x.clone()), Some(x.clone()), None];
+        Ok(device.run(0, &kernels[0], &held, Case::symbols(rows.into())).map(Option::unwrap_or_default))
+    };
+    let stored = run(text)??;
+    // `x[T - 1 - u, lane] + x[u, 31 - lane]`.
+    let expected = (0..rows).flat_map(|u| (0..32).map(move |i| (rows - 1 - u) * 32 + i + u * 32 + 31 - i));
+    assert!(stored[2].iter().copied().eq(expected.map(f64::from)), "{:?}", stored[2]);
+    match run(&text.replace("  barrier\n", ""))? {
+        Err(LaunchError::Emulated(report)) if matches!(report.fault, Fault::Race { .. }) => {
+            println!("synchronisation of phases: {report}");
+            Ok(())
+        }
+        other => Err(format!("without the barrier: {other:?}").into()),
+    }
 }
 
 fn deletions(name: &'static str) -> Checked<()> {

@@ -1,7 +1,7 @@
 //! What statements and expressions are made of, for whoever walks through a kernel.
 
 use super::warpgroup::{Left, Warpgroup};
-use super::{Expr, Stmt};
+use super::{BufferId, Expr, Stmt};
 
 /// The parts of a thing, by shared or by exclusive reference: the same matches serve both.
 macro_rules! parts {
@@ -108,6 +108,75 @@ macro_rules! parts {
             }
         }
     };
+}
+
+impl Expr {
+    /// The memory that it reads itself.
+    pub fn buffer(&self) -> Option<BufferId> {
+        match self {
+            Expr::Load { buffer, .. } | Expr::Matrix { buffer, .. } => Some(*buffer),
+            _ => None, // What else reads memory does so by its operands.
+        }
+    }
+}
+
+impl Stmt {
+    /// The memory that it writes, reads or asks for itself; what a map stands for apart.
+    pub fn buffers(&self) -> Vec<BufferId> {
+        match self {
+            Stmt::Store { buffer, .. } | Stmt::Prefetch { buffer, .. } => vec![*buffer],
+            Stmt::Copy { to, from, .. } => vec![*to, *from],
+            Stmt::Warpgroup(stmt) => stmt.buffers(),
+            Stmt::Let { .. }
+            | Stmt::Reg { .. }
+            | Stmt::Set { .. }
+            | Stmt::For { .. }
+            | Stmt::Unroll { .. }
+            | Stmt::Parallel { .. }
+            | Stmt::If { .. }
+            | Stmt::Barrier
+            | Stmt::Sync
+            | Stmt::Commit
+            | Stmt::Wait(_) => Vec::new(),
+        }
+    }
+}
+
+impl Warpgroup {
+    fn buffers(&self) -> Vec<BufferId> {
+        match self {
+            Warpgroup::Fetch { to, .. } => vec![*to],
+            Warpgroup::Product { left: Left::Shared(left, _), right, .. } => vec![*left, *right],
+            Warpgroup::Product { left: Left::Registers(_), right, .. } => vec![*right],
+            Warpgroup::Registers(_)
+            | Warpgroup::Meet { .. }
+            | Warpgroup::Pass { .. }
+            | Warpgroup::Expect { .. }
+            | Warpgroup::Arrive(_)
+            | Warpgroup::Await { .. }
+            | Warpgroup::FenceRegisters
+            | Warpgroup::FenceAsync
+            | Warpgroup::Close
+            | Warpgroup::Retire { .. } => Vec::new(),
+        }
+    }
+}
+
+/// Shows every statement of a block and of the blocks inside, in the order of the text.
+pub(super) fn each_stmt(stmts: &[Stmt], see: &mut dyn FnMut(&Stmt)) {
+    for stmt in stmts {
+        see(stmt);
+        stmt.blocks().into_iter().for_each(|inside| each_stmt(inside, see));
+    }
+}
+
+/// Shows every expression of a block and of the blocks inside, operands after what they are operands of.
+pub(super) fn each_expr(stmts: &[Stmt], see: &mut dyn FnMut(&Expr)) {
+    fn inside(expr: &Expr, see: &mut dyn FnMut(&Expr)) {
+        see(expr);
+        expr.operands().into_iter().for_each(|operand| inside(operand, see));
+    }
+    each_stmt(stmts, &mut |stmt| stmt.exprs().into_iter().for_each(|expr| inside(expr, see)));
 }
 
 parts!(operands, exprs, blocks, Vec<Stmt>, iter,);

@@ -1,27 +1,31 @@
-//! Which symbols a kernel reads: two launches that differ in others only are the same launch.
+//! What a kernel's code names. Two launches that differ in other symbols only are the same launch.
 
-use super::{Expr, Kernel, Stmt};
+use super::parts::{each_expr, each_stmt};
+use super::{Expr, Kernel};
 use crate::dim::MAX_SYMBOLS;
 
 /// For each symbol: does the kernel's code name it?
 pub fn symbols(kernel: &Kernel) -> [bool; MAX_SYMBOLS] {
     let mut read = [false; MAX_SYMBOLS];
-    block(&kernel.body, &mut read);
+    each_expr(&kernel.body, &mut |expr| {
+        if let Expr::Sym(sym) = expr {
+            read[sym.0 as usize] = true;
+        }
+    });
     read
 }
 
-fn block(stmts: &[Stmt], read: &mut [bool; MAX_SYMBOLS]) {
-    for stmt in stmts {
-        stmt.exprs().into_iter().for_each(|value| expr(value, read));
-        stmt.blocks().into_iter().for_each(|inside| block(inside, read));
-    }
-}
-
-fn expr(of: &Expr, read: &mut [bool; MAX_SYMBOLS]) {
-    if let Expr::Sym(sym) = of {
-        read[sym.0 as usize] = true;
-    }
-    of.operands().into_iter().for_each(|operand| expr(operand, read));
+/// For each buffer: does the kernel's code name it? An id beyond the kernel's tables is passed over.
+pub fn buffers(kernel: &Kernel) -> Vec<bool> {
+    let mut named = vec![false; kernel.buffers.len()];
+    let mut name = |id: super::BufferId| {
+        if let Some(named) = named.get_mut(id.0 as usize) {
+            *named = true;
+        }
+    };
+    each_stmt(&kernel.body, &mut |stmt| stmt.buffers().into_iter().for_each(&mut name));
+    each_expr(&kernel.body, &mut |expr| expr.buffer().into_iter().for_each(&mut name));
+    named
 }
 
 #[cfg(test)]

@@ -23,7 +23,8 @@
 //!    positive, and an innermost body is copied at most [`MAX_COPIES`] times.
 //! 8. **Threads** are one, or whole warps up to [`MAX_THREADS`]. `thread`, `exp2`, `shared` memory (of constant extents, at most
 //!    [`MAX_SHARED_BYTES`] in all), `sync`, `shuffle`, `matrix`, `mma`, `copy`, `commit` and `wait` are for many; `local` memory
-//!    and `barrier` are for one. `shuffle` takes f32 or i32 and a mask of 1 to 31; `matrix` 1, 2 or 4 matrices of a shared
+//!    is for one. Behind a `barrier` of many no register is seen that was declared before it, and no value that was read from
+//!    memory or registers. `shuffle` takes f32 or i32 and a mask of 1 to 31; `matrix` 1, 2 or 4 matrices of a shared
 //!    buffer with elements of two bytes; `mma` f32x4, bf16x8 and bf16x4, or f16; `copy` 16 bytes of a param to shared memory
 //!    of its dtype.
 //! 9. **Warpgroups**: swizzled memory, mbarriers, maps and the statements of [`super::warpgroup`] are for whole warpgroups; what is
@@ -135,6 +136,9 @@ pub enum Rule {
     /// What one thread does not have.
     #[error("a worker of one thread has no {0}")]
     OneThread(&'static str),
+    /// What no grid hands to the next.
+    #[error("`%{0}` ends at the barrier: behind it is another grid; declare or load it there")]
+    Ended(String),
     /// What threads of a GPU do not have.
     #[error("a worker of many threads has no {0}")]
     ManyThreads(&'static str),
@@ -483,12 +487,16 @@ fn numbering(kernel: &Kernel) -> Checked<()> {
 struct Seen {
     /// Its number, in this copy of the unrolled bodies around it.
     constant: Option<i64>,
+    /// Is it the same in every grid? Only such values outlive a barrier of CTAs.
+    fixed: bool,
+    ended: bool,
 }
 
 /// What is known of a register file that is seen.
 #[derive(Clone, Copy)]
 struct SeenReg {
     in_parallel: bool,
+    ended: bool,
 }
 
 struct Ctx<'a> {
@@ -554,7 +562,7 @@ impl Ctx<'_> {
 
     /// The body of a loop, with its variable.
     fn body(&mut self, var: VarId, constant: Option<i64>, body: &[Stmt]) -> Result<(), (String, Box<Rule>)> {
-        self.vars[var.0 as usize] = Some(Seen { constant });
+        self.vars[var.0 as usize] = Some(Seen { constant, fixed: false, ended: false });
         let outer = std::mem::replace(&mut self.in_loop, true);
         self.depth += 1;
         self.block(body)?;
@@ -570,8 +578,8 @@ impl Ctx<'_> {
             Stmt::Let { var, value } => {
                 let found = self.whole(value)?;
                 same("the value", found, self.kernel[*var].ty)?;
-                let constant = self.constant(value);
-                self.vars[var.0 as usize] = Some(Seen { constant });
+                let (constant, fixed) = (self.constant(value), self.fixed(value));
+                self.vars[var.0 as usize] = Some(Seen { constant, fixed, ended: false });
             }
             Stmt::Reg { reg, init } => {
                 let file = &self.kernel[*reg];
@@ -588,7 +596,7 @@ impl Ctx<'_> {
                 if let Some(init) = init {
                     same("the initial value", self.whole(init)?, file.ty)?;
                 }
-                self.regs[reg.0 as usize] = Some(SeenReg { in_parallel: self.in_parallel });
+                self.regs[reg.0 as usize] = Some(SeenReg { in_parallel: self.in_parallel, ended: false });
             }
             Stmt::Set { reg, index, value } => {
                 let seen = self.register(*reg, index)?;
@@ -637,10 +645,13 @@ impl Ctx<'_> {
                 }
             }
             Stmt::If { cond, .. } => same("the condition", self.whole(cond)?, Type::Flag)?,
-            Stmt::Barrier if self.kernel.threads > 1 => {
-                return rule(Rule::ManyThreads("barrier of all workers"));
+            Stmt::Barrier => {
+                self.outermost()?;
+                if self.kernel.threads > 1 {
+                    self.vars.iter_mut().flatten().for_each(|seen| seen.ended = !seen.fixed);
+                    self.regs.iter_mut().flatten().for_each(|seen| seen.ended = true);
+                }
             }
-            Stmt::Barrier => self.outermost()?,
             Stmt::Sync => self.many("`sync`")?,
             Stmt::Commit | Stmt::Wait(_) => self.many("`copy`")?,
             Stmt::Copy { to, at, from, index, lanes, count } => {
@@ -695,6 +706,7 @@ impl Ctx<'_> {
                 Type::Index
             }
             Expr::Var(var) => match self.vars.get(var.0 as usize) {
+                Some(Some(seen)) if seen.ended => return rule(Rule::Ended(self.kernel[*var].name.clone())),
                 Some(Some(_)) => self.kernel[*var].ty,
                 Some(None) => return rule(Rule::Scope(self.kernel[*var].name.clone())),
                 None => return rule(Rule::Dangling),
@@ -892,10 +904,22 @@ impl Ctx<'_> {
         }
     }
 
+    /// Is a value made of numbers, symbols and `thread` alone?
+    fn fixed(&self, expr: &Expr) -> bool {
+        match expr {
+            Expr::Reg { .. } => false,
+            Expr::Var(var) => self.vars.get(var.0 as usize).is_some_and(|seen| seen.is_some_and(|s| s.fixed)),
+            _ => expr.buffer().is_none() && expr.operands().into_iter().all(|operand| self.fixed(operand)),
+        }
+    }
+
     fn register(&self, reg: RegId, index: &[Expr]) -> Checked<SeenReg> {
         let Some(seen) = self.regs.get(reg.0 as usize) else { return rule(Rule::Dangling) };
         let file = &self.kernel[reg];
         let Some(seen) = seen else { return rule(Rule::Scope(file.name.clone())) };
+        if seen.ended {
+            return rule(Rule::Ended(file.name.clone()));
+        }
         rank(&file.name, file.dims.len(), index.len())?;
         for (axis, (i, &extent)) in index.iter().zip(&file.dims).enumerate() {
             same("the index", self.whole(i)?, Type::Index)?;

@@ -14,7 +14,9 @@
 
 use super::driver::{Driver, Failure, Functions, Gpu, is_out_of_memory, is_sticky, until_nul};
 use crate::device::DeviceError;
-use crate::gpu::Call;
+use crate::emulator::{Fill, Swizzle, TENSOR_MAP_BYTES, TensorMap};
+use crate::gpu::{Call, with_maps};
+use crate::ptx::Type;
 use cudarc::driver::sys;
 use std::ffi::{CString, c_void};
 use std::ops::Range;
@@ -99,6 +101,71 @@ impl Context {
         // SAFETY: invariants 1 and 3.
         self.ask("cuMemGetInfo_v2", |driver| unsafe { (driver.cuMemGetInfo_v2)(&mut free, &mut total) })?;
         Ok(free as u64)
+    }
+
+    /// A tensor map as this driver writes it.
+    ///
+    /// # Errors
+    ///
+    /// What the driver refuses.
+    pub fn encode(&self, map: &TensorMap) -> Result<[u8; TENSOR_MAP_BYTES], Failure> {
+        use sys::{
+            CUtensorMapDataType as Data, CUtensorMapFloatOOBfill as Outside,
+            CUtensorMapInterleave as Interleave, CUtensorMapL2promotion as Promotion,
+            CUtensorMapSwizzle as Swizzled,
+        };
+        let data = match map.dtype {
+            Type::U8 | Type::S8 | Type::B8 => Data::CU_TENSOR_MAP_DATA_TYPE_UINT8,
+            Type::U16 | Type::S16 | Type::B16 => Data::CU_TENSOR_MAP_DATA_TYPE_UINT16,
+            Type::U32 | Type::B32 | Type::F16x2 | Type::Bf16x2 => Data::CU_TENSOR_MAP_DATA_TYPE_UINT32,
+            Type::S32 => Data::CU_TENSOR_MAP_DATA_TYPE_INT32,
+            Type::U64 | Type::B64 => Data::CU_TENSOR_MAP_DATA_TYPE_UINT64,
+            Type::S64 => Data::CU_TENSOR_MAP_DATA_TYPE_INT64,
+            Type::F16 => Data::CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
+            Type::Bf16 => Data::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+            Type::F32 => Data::CU_TENSOR_MAP_DATA_TYPE_FLOAT32,
+            Type::F64 => Data::CU_TENSOR_MAP_DATA_TYPE_FLOAT64,
+        };
+        let swizzle = match map.swizzle {
+            Swizzle::None => Swizzled::CU_TENSOR_MAP_SWIZZLE_NONE,
+            Swizzle::Bytes32 => Swizzled::CU_TENSOR_MAP_SWIZZLE_32B,
+            Swizzle::Bytes64 => Swizzled::CU_TENSOR_MAP_SWIZZLE_64B,
+            Swizzle::Bytes128 => Swizzled::CU_TENSOR_MAP_SWIZZLE_128B,
+        };
+        let outside = match map.fill {
+            Fill::Zeros => Outside::CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+            Fill::Nan => Outside::CU_TENSOR_MAP_FLOAT_OOB_FILL_NAN_REQUEST_ZERO_FMA,
+        };
+        // A row of 128 bytes is fetched into the cache as the line of 128 bytes that it is.
+        let promotion = Promotion::CU_TENSOR_MAP_L2_PROMOTION_L2_128B;
+        let rank = map.dims.len();
+        if map.strides.len() + 1 != rank || map.tile.len() != rank || map.element_strides.len() != rank {
+            unreachable!("a map of a kernel has lists of one length");
+        }
+        let mut made = sys::CUtensorMap { opaque: [0; 16] };
+        let base: *mut c_void = ptr::without_provenance_mut(map.base as usize);
+        // SAFETY: invariants 1 and 3: the lists are as long as the rank says. The address is only written down.
+        self.ask("cuTensorMapEncodeTiled", |driver| unsafe {
+            (driver.cuTensorMapEncodeTiled)(
+                &mut made,
+                data as u32,
+                rank as u32,
+                base,
+                map.dims.as_ptr(),
+                map.strides.as_ptr(),
+                map.tile.as_ptr(),
+                map.element_strides.as_ptr(),
+                Interleave::CU_TENSOR_MAP_INTERLEAVE_NONE as u32,
+                swizzle as u32,
+                promotion as u32,
+                outside as u32,
+            )
+        })?;
+        let mut bytes = [0; TENSOR_MAP_BYTES];
+        for (place, word) in bytes.chunks_exact_mut(8).zip(made.opaque) {
+            place.copy_from_slice(&word.to_le_bytes());
+        }
+        Ok(bytes)
     }
 
     /// Waits until the stream has done everything.
@@ -224,12 +291,13 @@ impl Drop for Buffer {
 pub struct Module {
     context: Arc<Context>,
     module: sys::CUmodule,
-    /// By the number of the kernel.
-    kernels: Vec<Loaded>,
+    /// By the number of the phase.
+    phases: Vec<Loaded>,
 }
 
-/// A kernel of a module.
+/// An entry of a module.
 struct Loaded {
+    /// Its kernel's.
     name: String,
     function: sys::CUfunction,
 }
@@ -287,10 +355,10 @@ impl Module {
             }
             failure
         })?;
-        Ok(Module { context: context.clone(), module, kernels: Vec::new() })
+        Ok(Module { context: context.clone(), module, phases: Vec::new() })
     }
 
-    /// Looks up the next kernel: its name in the program and in the code, and the shared memory that it asks for.
+    /// Looks up the next phase: its kernel's name, its own in the code, and the shared memory that it asks for.
     ///
     /// # Errors
     ///
@@ -309,18 +377,23 @@ impl Module {
                 (driver.cuFuncSetAttribute)(function, attribute, shared_bytes as i32)
             })?;
         }
-        self.kernels.push(Loaded { name: name.to_string(), function });
+        self.phases.push(Loaded { name: name.to_string(), function });
         Ok(())
     }
 
-    /// Launches a kernel on the stream, without waiting for it.
+    /// Launches a grid on the stream, without waiting for it.
     ///
     /// # Errors
     ///
     /// [`DeviceError::Launch`]; of an earlier launch's fault too, if it is seen only now.
     pub fn launch(&self, call: &Call) -> Result<(), DeviceError> {
-        let Call { kernel, ctas, threads, shared_bytes, params } = call;
-        let Loaded { name, function } = &self.kernels[*kernel];
+        let Call { phase, ctas, threads, shared_bytes, params, maps } = call;
+        let Loaded { name, function } = &self.phases[*phase];
+        let failed =
+            |failure: Failure| DeviceError::Launch { kernel: name.clone(), said: failure.to_string() };
+        let maps =
+            maps.iter().map(|map| self.context.encode(map).map_err(failed)).collect::<Result<Vec<_>, _>>();
+        let params = with_maps(params, maps?);
         let mut bytes = params.len();
         // The keys are small numbers in the place of pointers (CUDA Driver API, "cuLaunchKernel").
         let key = |number: u32| ptr::without_provenance_mut::<c_void>(number as usize);
@@ -337,7 +410,7 @@ impl Module {
             let (function, none) = (*function, ptr::null_mut());
             (driver.cuLaunchKernel)(function, *ctas, 1, 1, *threads, 1, 1, *shared_bytes, stream, none, extra)
         });
-        asked.map_err(|failure| DeviceError::Launch { kernel: name.clone(), said: failure.to_string() })
+        asked.map_err(failed)
     }
 
     /// Records launches instead of doing them.

@@ -84,6 +84,10 @@ functions! {
     cuFuncSetAttribute(sys::CUfunction, sys::CUfunction_attribute, c_int);
     cuLaunchKernel(sys::CUfunction, c_uint, c_uint, c_uint, c_uint, c_uint, c_uint, c_uint, sys::CUstream,
                    *mut *mut c_void, *mut *mut c_void);
+    cuTensorMapEncodeTiled(*mut sys::CUtensorMap, u32 = sys::CUtensorMapDataType, c_uint, *mut c_void, *const u64,
+                           *const u64, *const c_uint, *const c_uint, u32 = sys::CUtensorMapInterleave,
+                           u32 = sys::CUtensorMapSwizzle, u32 = sys::CUtensorMapL2promotion,
+                           u32 = sys::CUtensorMapFloatOOBfill);
     cuEventCreate(*mut sys::CUevent, c_uint);
     cuEventDestroy_v2(sys::CUevent);
     cuEventRecord(sys::CUevent, sys::CUstream);

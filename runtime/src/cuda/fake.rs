@@ -7,8 +7,8 @@
 //! Invariant: the pointers come from `context` and `driver`, which give live places, as large as they say.
 
 use super::driver::{Driver, Functions, NoDriver, Version};
-use crate::emulator::{Grid, Memory, Options, Program, Sm, Sums};
-use crate::ptx;
+use crate::emulator::{Fill, Grid, Memory, Options, Program, Sm, Sums, Swizzle, TensorMap};
+use crate::ptx::{self, Type};
 use cudarc::driver::sys;
 use std::cell::RefCell;
 use std::ffi::{CStr, c_char, c_int, c_uchar, c_uint, c_ulonglong, c_void};
@@ -438,6 +438,58 @@ unsafe extern "C" fn launch(
     })
 }
 
+unsafe extern "C" fn tensor_map(
+    to: *mut sys::CUtensorMap,
+    data: u32,
+    rank: c_uint,
+    base: *mut c_void,
+    dims: *const u64,
+    strides: *const u64,
+    tile: *const c_uint,
+    element_strides: *const c_uint,
+    interleave: u32,
+    swizzle: u32,
+    _: u32,
+    fill: u32,
+) -> u32 {
+    // In the order of the driver's numbers (CUDA Driver API, "Data types used by CUDA driver").
+    const TYPES: [Type; 10] = [
+        Type::U8,
+        Type::U16,
+        Type::U32,
+        Type::S32,
+        Type::U64,
+        Type::S64,
+        Type::F16,
+        Type::F32,
+        Type::F64,
+        Type::Bf16,
+    ];
+    const SWIZZLES: [Swizzle; 4] = [Swizzle::None, Swizzle::Bytes32, Swizzle::Bytes64, Swizzle::Bytes128];
+    call("cuTensorMapEncodeTiled", |_| {
+        assert_eq!(interleave, 0);
+        let rank = rank as usize;
+        // SAFETY: the invariant: lists of the rank's length, the strides one shorter.
+        let map = unsafe {
+            TensorMap {
+                dtype: TYPES[data as usize],
+                base: base.addr() as u64,
+                dims: std::slice::from_raw_parts(dims, rank).to_vec(),
+                strides: std::slice::from_raw_parts(strides, rank - 1).to_vec(),
+                tile: std::slice::from_raw_parts(tile, rank).to_vec(),
+                element_strides: std::slice::from_raw_parts(element_strides, rank).to_vec(),
+                swizzle: SWIZZLES[swizzle as usize],
+                fill: if fill == 0 { Fill::Zeros } else { Fill::Nan },
+            }
+        };
+        let bytes = map.encode().map_err(|_| Code::CUDA_ERROR_INVALID_VALUE)?;
+        let words = bytes.chunks_exact(8).map(|word| u64::from_le_bytes(word.try_into().expect("8 bytes")));
+        let mut opaque = [0; 16];
+        opaque.iter_mut().zip(words).for_each(|(to, word)| *to = word);
+        give(to, sys::CUtensorMap { opaque })
+    })
+}
+
 unsafe extern "C" fn event_create(to: *mut sys::CUevent, _: c_uint) -> u32 {
     call("cuEventCreate", |fake| {
         fake.live += 1;
@@ -496,6 +548,7 @@ const FUNCTIONS: Functions = Functions {
     cuModuleGetFunction: module_function,
     cuFuncSetAttribute: function_attribute,
     cuLaunchKernel: launch,
+    cuTensorMapEncodeTiled: tensor_map,
     cuEventCreate: event_create,
     cuEventDestroy_v2: event_destroy,
     cuEventRecord: event_record,

@@ -113,7 +113,7 @@ fn a_step_launches_the_same_at_every_position() {
         GpuCode::new(plan, ir::kernel::parse::parse(kernels).unwrap(), PTX.to_string())
     };
     let addresses: Vec<u64> = (1..=8).map(|n| n << 8).collect();
-    let calls = |code: &GpuCode, entry, t, p| code.calls(entry, &addresses, &[t, p, 0, 0], 16);
+    let calls = |code: &GpuCode, entry, t, p| code.calls(entry, &addresses, &[t, p, 0, 0], 16).concat();
     let own = code(KERNELS);
     let (first, later) = (calls(&own, 0, 1, 0), calls(&own, 0, 1, 1000));
     assert_eq!(first, later);
@@ -145,6 +145,52 @@ fn launches_one_by_one_give_the_same_and_are_timed() {
     assert_eq!(spans, [0.0..1e-3, 1e-3..2e-3]);
     let cached: Vec<f32> = cache.chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect();
     assert_eq!(cached[..3], [9.0, 25.0, 0.0]);
+}
+
+#[test]
+fn a_kernel_with_a_barrier_is_two_grids_of_one_launch() {
+    // Behind the barrier the token is doubled.
+    let behind = "  barrier
+  parallel %two in 0..1 {
+    if lt(thread, 1) {
+      store %token[0] = load %token[0] : i32 + load %token[0] : i32
+    }
+  }
+}
+";
+    let kernels = KERNELS.strip_suffix("}\n").unwrap().to_string() + behind;
+    let params = PTX.rsplit_once("k_next(").unwrap().1.split_once('\n').unwrap().0;
+    let ptx = format!(
+        "{PTX}
+.visible .entry k_next$$1({params}
+{{
+	.reg .pred %p<2>;
+	.reg .b32 %r<3>;
+	.reg .b64 %rd<2>;
+	mov.u32 %r2, %tid.x;
+	setp.ne.u32 %p1, %r2, 0;
+	@%p1 bra DONE;
+	ld.param.b64 %rd1, [p4];
+	ld.global.b32 %r1, [%rd1];
+	add.s32 %r1, %r1, %r1;
+	st.global.b32 [%rd1], %r1;
+DONE:
+	ret;
+}}
+"
+    );
+    let mut program = program(&[("kernels.cuda:sm_80", &kernels), ("code.cuda:sm_80", &ptx)]).unwrap();
+    let mut state = program.state().unwrap();
+    let mut spans = Vec::new();
+    let step = Step { tokens: &[3], want: Want::Token };
+    for expected in [0, 2] {
+        let outputs = program.run(&step, &mut state).unwrap();
+        assert_eq!(outputs.token, Some(expected));
+    }
+    assert_eq!(count("cuLaunchKernel"), 3, "recorded once");
+    let outputs = program.run_tapped(&step, &mut state, &mut |tap| spans.push(tap.span())).unwrap();
+    assert_eq!(outputs.token, Some(4));
+    assert_eq!(spans, [0.0..1e-3, 1e-3..3e-3]);
 }
 
 #[test]
