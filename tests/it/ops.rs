@@ -5,6 +5,7 @@
 
 use crate::Checked;
 use codegen::Backend;
+use codegen::nvptx::{ARCHITECTURES, Architecture};
 use ir::graph::Family;
 use libtest_mimic::Trial;
 use llamac::check::cases::{cases, gpu};
@@ -18,19 +19,21 @@ pub fn trials() -> Vec<Trial> {
         Trial::test(format!("ops {}", family.name()), move || ops(family).map_err(Into::into))
     };
     let mut trials: Vec<Trial> = Family::ALL.map(trial).into();
-    trials.push(Trial::test("ops on ptx-emulator", || emulated().map_err(Into::into)));
+    trials.extend(ARCHITECTURES.iter().map(|gpu| {
+        Trial::test(format!("ops on ptx-emulator {}", gpu.cpu), || emulated(gpu).map_err(Into::into))
+    }));
     trials
 }
 
-fn emulated() -> Checked<()> {
+fn emulated(architecture: &'static Architecture) -> Checked<()> {
     // As far as anybody knows how matrix units add, and as nobody's do.
     for (name, sums, dtype) in [("", Sums::Truncated, ""), (", exact sums", Sums::Exact, " bf16 ")] {
-        let backends = vec![Backend::of("cuda:sm_80")?];
+        let backends = vec![Backend::Cuda(architecture)];
         let plan = Walk { family: None, schedules: Some(1), seed: 1, backends, how: vec![How::Code], sums };
         let mut cases = gpu(false);
         cases.retain(|case| case.name.contains(dtype));
         let report = walk(&plan, &cases, &mut |_, _| ControlFlow::Continue(()))?;
-        sound(&format!("ops on ptx-emulator{name}"), &report, &["cuda:sm_80"])?;
+        sound(&format!("ops on ptx-emulator {}{name}", architecture.cpu), &report, &[architecture.name])?;
     }
     Ok(())
 }

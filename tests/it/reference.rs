@@ -10,6 +10,7 @@
 
 use crate::Checked;
 use crate::skipped::skip;
+use codegen::nvptx::{ARCHITECTURES, Architecture};
 use ir::DType;
 use ir::interp::Rounding;
 use libtest_mimic::Trial;
@@ -21,7 +22,7 @@ use llamac::weights::Source;
 use runtime::artifact::Artifact;
 use runtime::cpu::Cpu;
 use runtime::device::{Device, Program, Step, Want, feed};
-use runtime::emulator::{Sm, Sums};
+use runtime::emulator::{Class, Sm, Sums};
 use runtime::interpreter::{InterpretedProgram, Interpreter};
 use runtime::null::Null;
 use runtime::ptx_emulator::PtxEmulator;
@@ -71,7 +72,7 @@ pub fn trials() -> Vec<Trial> {
             ];
             trials.push(trial(model, files.clone(), dtype));
             if !model.ends_with(".gguf") {
-                trials.push(emulated(model, files, dtype));
+                trials.extend(ARCHITECTURES.iter().map(|gpu| emulated(model, files.clone(), dtype, gpu)));
             }
         }
         let files = [test_data().join(SMOLLM2), shared.join("reference/smollm2-135m-q4_1.safetensors")];
@@ -114,19 +115,31 @@ fn read(name: &str, file: &Path, reference: &Path) -> Checked<Option<Reference>>
 }
 
 /// The code for a GPU, on the emulator.
-fn emulated(model: &'static str, [file, reference]: [PathBuf; 2], dtype: DType) -> Trial {
-    let name = format!("reference {model} {dtype} on ptx-emulator:sm_80");
+fn emulated(
+    model: &'static str,
+    [file, reference]: [PathBuf; 2],
+    dtype: DType,
+    architecture: &'static Architecture,
+) -> Trial {
+    let name = format!("reference {model} {dtype} on ptx-emulator:{}", architecture.cpu);
     Trial::test(name.clone(), move || {
         let Some(reference) = read(&name, &file, &reference)? else { return Ok(()) };
         let folder = tempfile::tempdir()?;
-        let artifact = compile_model(&file, &folder.path().join("model.llamac"), dtype, "cuda:sm_80")?;
-        let mut program = PtxEmulator { sm: Sm::Sm80, seed: 1, sums: Sums::Truncated }.open(&artifact)?;
+        let artifact = compile_model(&file, &folder.path().join("model.llamac"), dtype, architecture.name)?;
+        let sm: Sm = architecture.cpu.parse()?;
+        let mut program = PtxEmulator { sm, seed: 1, sums: Sums::Truncated }.open(&artifact)?;
         let mut honest = InterpretedProgram::load(&artifact, Rounding::Stored)?;
         let mut exact = InterpretedProgram::load(&artifact, Rounding::Exact)?;
         let mut found = Logits::default();
         found.judge(&mut program, [&mut honest, &mut exact], &reference, dtype)??;
-        let macs = program.counts().total().matrix_macs;
-        assert_eq!(macs > 0, dtype == DType::BF16, "{macs} multiplications by matrix instructions");
+        let counts = program.counts().total();
+        let ran = |class: Class| counts.instructions[class as usize];
+        // Few rows are multiplied by warps for themselves, on every GPU.
+        assert_eq!(ran(Class::Matrix) > 0, dtype == DType::BF16, "products of warps");
+        let groups = dtype == DType::BF16 && architecture.warpgroups;
+        for class in [Class::MatrixGroup, Class::BulkCopy] {
+            assert_eq!(ran(class) > 0, groups, "{class:?}: {}", ran(class));
+        }
         let Logits { share, near_ties, steps, .. } = found;
         println!("{name}: {share:.3} of the bound, {near_ties} near ties in {steps} greedy steps");
         Ok(())

@@ -25,11 +25,15 @@ pub enum Class {
     Matrix,
     MatrixLoad,
     AsyncCopy,
+    /// Products of warpgroups.
+    MatrixGroup,
+    /// Bulk copies, with and without a tensor map.
+    BulkCopy,
 }
 
 impl Class {
     /// How many there are.
-    pub const COUNT: usize = Class::AsyncCopy as usize + 1;
+    pub const COUNT: usize = Class::BulkCopy as usize + 1;
 
     /// The kind of an instruction.
     pub fn of(op: &Op) -> Class {
@@ -69,11 +73,11 @@ impl Class {
             Op::LoadMatrix { .. } => Class::MatrixLoad,
             Op::Copy { .. } | Op::CopyCommit | Op::CopyWait(_) => Class::AsyncCopy,
             Op::TileLoad { .. } | Op::TileStore { .. } | Op::BulkLoad { .. } | Op::BulkStore { .. } => {
-                Class::AsyncCopy
+                Class::BulkCopy
             }
-            Op::BulkCommit | Op::BulkWait { .. } => Class::AsyncCopy,
+            Op::BulkCommit | Op::BulkWait { .. } => Class::BulkCopy,
             Op::StoreMatrix { .. } => Class::Store,
-            Op::Wgmma(_) => Class::Matrix,
+            Op::Wgmma(_) => Class::MatrixGroup,
             Op::Elect { .. } => Class::Exchange,
             Op::MapA { .. } | Op::GetCtaRank { .. } => Class::Integer,
             Op::FenceProxyAsync | Op::FenceMbarrierInit | Op::Mbarrier { .. } => Class::Synchronise,
