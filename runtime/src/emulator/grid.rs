@@ -322,11 +322,9 @@ impl Cluster {
     }
 
     fn states(&self) -> impl Iterator<Item = (usize, usize, State)> {
-        let of = |(rank, cta): (usize, &Cta)| {
-            let states = cta.states.clone().into_iter().enumerate();
-            states.map(move |(warp, state)| (rank, warp, state))
-        };
-        self.ctas.iter().enumerate().flat_map(of)
+        self.ctas.iter().enumerate().flat_map(|(rank, cta)| {
+            cta.states.iter().enumerate().map(move |(warp, &state)| (rank, warp, state))
+        })
     }
 
     /// A warp that can go on: its CTA's rank and its number.
@@ -353,8 +351,8 @@ impl Cluster {
 
     /// Who waits for something that has happened since looks again.
     fn wake(&mut self) {
-        let live = self.states().filter(|(_, _, state)| *state != State::Done).count();
-        let mut happened = self.barrier.ends(live as u32);
+        let live = || self.states().filter(|(_, _, state)| *state != State::Done).count();
+        let mut happened = self.barrier.arrived() && self.barrier.ends(live() as u32);
         for memory in &mut self.memory {
             happened |= std::mem::take(&mut memory.mbarriers.ended);
         }

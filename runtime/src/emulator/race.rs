@@ -110,7 +110,7 @@ impl Stamp {
 
     /// `wgmma` of group `group` of the warpgroup that the warp is in.
     pub fn wgmma(who: &Knowledge, group: u32) -> Stamp {
-        let leader = who.agent - who.own() as u32 % who.warps % 4;
+        let leader = who.agent - who.own() as u32 % who.warps + 4 * who.warpgroup();
         Stamp { agent: ASYNCHRONOUS | leader, lane: WGMMA, clock: group + 1 }
     }
 
@@ -193,6 +193,11 @@ impl Knowledge {
 
     fn own(&self) -> usize {
         (self.agent - self.first) as usize
+    }
+
+    /// Which warpgroup of its CTA it is in.
+    fn warpgroup(&self) -> u32 {
+        self.own() as u32 % self.warps / 4
     }
 
     fn lane(&mut self, lane: u32) -> &mut LaneKnowledge {
@@ -493,10 +498,10 @@ impl Shadow {
         Shadow::new(GLOBAL_READS, false)
     }
 
-    /// Of the shared memory of a CTA in a cluster with so many warps. Behind a read of each warp it keeps one of each
-    /// warpgroup's `wgmma` and one of a bulk copy.
+    /// Of the shared memory of a CTA in a cluster with so many warps. Behind a read of each warp come those of asynchronous
+    /// operations, once there are any.
     pub fn shared(warps: u32) -> Shadow {
-        Shadow::new((warps + warps.div_ceil(4) + 1) as usize, true)
+        Shadow::new(warps as usize, true)
     }
 
     fn new(slots: usize, by_warp: bool) -> Shadow {
@@ -636,6 +641,9 @@ impl Judge<'_> {
         }
         let slot = if self.by_warp { Some(self.own_slot(&cell)) } else { self.slot(&page.reads, index, by) };
         if let Some(slot) = slot {
+            if page.reads.len() <= slot {
+                page.reads.resize(slot + 1, vec![Cell::default(); page.writes.len()]);
+            }
             let read = &mut page.reads[slot][index];
             // What several lanes of the warp have read, unordered among themselves, is read by all.
             let several = cell.lane <= WHOLE
@@ -648,13 +656,13 @@ impl Judge<'_> {
         Ok(())
     }
 
-    /// Where a read of shared memory is kept.
+    /// Where a read of shared memory is kept: that of each warp, the last bulk copy's, that of each warpgroup's `wgmma`.
     #[inline(always)]
     fn own_slot(&self, cell: &Cell) -> usize {
         match cell.lane {
             0..=WHOLE => self.who.own(),
-            WGMMA => self.who.seen.len() + self.who.own() / 4,
-            _ => self.slots - 1,
+            WGMMA => self.slots + 1 + self.who.warpgroup() as usize,
+            _ => self.slots,
         }
     }
 
