@@ -185,14 +185,15 @@ impl EmulatedProgram {
                 memory.forget(addresses[arg], self.code.plan.buffers[arg].bytes);
             }
         }
+        let program = &self.kernels[call.kernel];
         let grid = Grid {
             ctas: [call.ctas, 1, 1],
             threads: [call.threads, 1, 1],
-            cluster: 1,
+            cluster: program.cluster(),
             dynamic_shared: call.shared_bytes,
         };
         let options = Options { sm: self.device.sm, seed: self.device.seed, sums: self.device.sums };
-        self.kernels[call.kernel]
+        program
             .launch(&grid, &call.params, memory, &options)
             .map_err(|report| DeviceError::Launch { kernel: kernel.name.clone(), said: report.to_string() })
     }

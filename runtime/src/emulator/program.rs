@@ -239,6 +239,11 @@ fn tile_operands(tile: &mut Tile, f: &mut dyn FnMut(Operand<'_>)) {
 }
 
 impl Program {
+    /// CTAs of a cluster, along x.
+    pub fn cluster(&self) -> u32 {
+        self.kernel.cluster.unwrap_or(1)
+    }
+
     /// Makes a kernel ready.
     pub fn new(kernel: &Kernel) -> Program {
         let joins = flow::joins(&kernel.code);

@@ -12,10 +12,10 @@ use super::access::{Checked, Reach, Run, lanes, of_warp};
 use super::arithmetic::{LANES, Lanes, Narrow};
 use super::program::Step;
 use super::race::{How, Proxy, Stamp};
-use super::tensor_map::Swizzle;
 use super::warp::Warp;
 use super::{Fault, Sums, matrix};
 use crate::ptx::{MatrixA, MatrixType, Reg, Space, Wgmma};
+use crate::tensor_map::Swizzle;
 
 /// Warps of a warpgroup.
 pub const WARPS: usize = 4;
