@@ -279,7 +279,14 @@ impl Warp {
                 let [a, b, c] =
                     [a, b, c].map(|part| part.iter().map(|&reg| self.narrow(reg)).collect::<Vec<_>>());
                 let types = (*a_ty, *b_ty);
-                let value = matrix::mma(*k as usize, types, *narrow, *satfinite, sums, [&a, &b, &c]);
+                let value = matrix::mma::<{ matrix::MMA_BLOCK }>(
+                    *k as usize,
+                    types,
+                    *narrow,
+                    *satfinite,
+                    sums,
+                    [&a, &b, &c],
+                );
                 for (&d, value) in d.iter().zip(value) {
                     self.put(active, d, Lanes::Narrow(value));
                 }

@@ -236,7 +236,8 @@ pub fn run(warps: &mut [Warp], step: &Step, wgmma: &Wgmma, reach: &mut Reach<'_>
                 }
             }
             let (b, c): (Vec<&Narrow>, Vec<&Narrow>) = (b.iter().collect(), c.iter().collect());
-            let d = matrix::mma(k, types, false, wgmma.satfinite, sums, [&a, &b, &c]);
+            let d =
+                matrix::mma::<{ matrix::WGMMA_BLOCK }>(k, types, false, wgmma.satfinite, sums, [&a, &b, &c]);
             for (&reg, value) in registers.iter().zip(d) {
                 warp.put(u32::MAX, reg, Lanes::Narrow(value));
             }
