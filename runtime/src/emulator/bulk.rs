@@ -232,7 +232,7 @@ impl Warp {
                 reach.spot(Space::SharedCluster, run, bytes).map(|spot| (run, spot))
             };
             let (run, object) = spot(reach, place.0 as u32, mbarrier, 8)?;
-            let how = How { strong: true, proxy: Proxy::Mbarrier, pc: step.pc, ..How::default() };
+            let how = How { strong: true, proxy: Proxy::FarMbarrier, pc: step.pc, ..How::default() };
             reach.watch(&object, run, 8, how, &self.knowledge)?;
             let phase = reach.cluster[place.0].mbarriers.announce(place.1, data.len() as u32);
             let phase = phase.map_err(|problem| at_lane(lane, fault(place, problem)))?;

@@ -25,7 +25,9 @@ const BARRIERS: usize = 16;
 const LONGEST_TURN: u32 = 64;
 /// Turns without the end of a CTA after which another is let in.
 const PATIENCE: u32 = 512;
-/// Instructions without a write, a barrier or an end after which a kernel waits for ever: some seconds.
+/// Instructions without a write, a barrier or an end after which a kernel seems to wait for a copy.
+const LONG_IDLE: u64 = 1 << 12;
+/// As many after which it waits for ever: some seconds.
 const IDLE_LIMIT: u64 = 1 << 26;
 /// Threads that a CTA may have.
 const MOST_THREADS: u64 = 1024;
@@ -486,10 +488,13 @@ pub fn run(
         let lands = match arrivals {
             Arrivals::AtOnce => cluster.landings.len(),
             Arrivals::AnyTime => fortune.below(2),
-            Arrivals::WhenNeeded => 0,
+            // Who asks again and again, without waiting, needs it too.
+            Arrivals::WhenNeeded => usize::from(idle > LONG_IDLE),
         };
         for _ in 0..lands {
-            cluster.land(&mut fortune).map_err(|found| late(cluster, found))?;
+            if cluster.land(&mut fortune).map_err(|found| late(cluster, found))? {
+                idle = 0;
+            }
         }
         cluster.wake();
         turns += 1;
