@@ -12,7 +12,7 @@
 //! In reading order: this file (what a caller sees), `program` (a kernel made ready), `flow` (where lanes meet again),
 //! `memory`, `arithmetic`, `float`, `matrix` (what instructions compute), `race` (what orders accesses), `access` (loads and
 //! stores), `warp` (registers and lanes), `execute` (what each instruction does), what sm_90 added (`cluster`, `mbarrier`,
-//! `tensor_map`, `bulk`, `wgmma`, `registers`), `grid` (CTAs, barriers, the schedule), `counts`.
+//! `bulk`, `wgmma`, `registers`), `grid` (CTAs, barriers, the schedule), `counts`.
 
 mod access;
 mod arithmetic;
@@ -29,14 +29,12 @@ mod memory;
 mod program;
 mod race;
 mod registers;
-mod tensor_map;
 mod warp;
 mod wgmma;
 
 pub use counts::{Class, Counts, KernelCounts};
 pub use memory::Memory;
 pub use program::Program;
-pub use tensor_map::{Fill, Swizzle, TENSOR_MAP_ALIGN, TENSOR_MAP_BYTES, TensorMap, TensorMapError};
 
 use crate::ptx::{Kernel, Space};
 use std::fmt;

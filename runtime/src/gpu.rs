@@ -7,9 +7,8 @@
 use crate::artifact::Artifact;
 use crate::cpu::read_plan;
 use crate::device::DeviceError;
-use crate::emulator::{Fill, Swizzle, TENSOR_MAP_ALIGN, TENSOR_MAP_BYTES, TensorMap};
 use crate::manifest::{Manifest, TargetCode};
-use crate::ptx::Type;
+use crate::tensor_map::{Element, Fill, Swizzle, TENSOR_MAP_ALIGN, TENSOR_MAP_BYTES, TensorMap};
 use ir::dim::MAX_SYMBOLS;
 use ir::dtype::DType;
 use ir::kernel::{self, Buffer, Kernel, reads};
@@ -262,12 +261,12 @@ pub fn tensor_maps(kernel: &Kernel, addresses: &[u64], symbols: &[i64; MAX_SYMBO
         let outwards = || (0..shape.len()).rev();
         TensorMap {
             dtype: match dtype {
-                DType::F64 => Type::F64,
-                DType::F32 => Type::F32,
-                DType::F16 => Type::F16,
-                DType::BF16 => Type::Bf16,
-                DType::I32 => Type::S32,
-                DType::I8 | DType::U8 | DType::Bool | DType::Block(_) => Type::U8,
+                DType::F64 => Element::F64,
+                DType::F32 => Element::F32,
+                DType::F16 => Element::F16,
+                DType::BF16 => Element::Bf16,
+                DType::I32 => Element::S32,
+                DType::I8 | DType::U8 | DType::Bool | DType::Block(_) => Element::U8,
             },
             base: addresses[param],
             dims: outwards().map(|axis| shape[axis].eval(symbols) as u64).collect(),

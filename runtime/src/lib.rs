@@ -10,7 +10,8 @@
 //! * [`pool`]: the worker threads of a CPU device; [`code`]: generated code and how it is called; [`cpu`]: the device
 //!   that does.
 //! * [`interpreter`]: the oracle as a device; [`null`]: the device that only checks.
-//! * [`gpu`]: what GPUs have in common; [`cuda`]: the device that runs on them; [`ptx_emulator`]: the one that emulates them.
+//! * [`gpu`]: what GPUs have in common, [`tensor_map`]: what they are told of tensors; [`cuda`]: the device that runs on
+//!   them; [`ptx_emulator`]: the one that emulates them.
 //! * [`meter`]: how fast this machine can read and multiply, which is what speeds are measured against.
 //! * [`ptx`]: PTX text as a typed module: every instruction that kernels use, by name; [`emulator`] runs it, and says what
 //!   is wrong with it.
@@ -37,5 +38,6 @@ pub mod pool;
 pub mod ptx;
 pub mod ptx_emulator;
 pub mod sample;
+pub mod tensor_map;
 pub mod text;
 pub mod whole_file;

@@ -6,10 +6,11 @@
 use crate::artifact::Artifact;
 use crate::cpu::weights_of;
 use crate::device::{self, Device, DeviceError, Program, State, Step, StepOutputs, Tap, Tapped, Want};
-use crate::emulator::{self, Counts, Grid, Memory, Options, Sm, Sums, TensorMap};
+use crate::emulator::{self, Counts, Grid, Memory, Options, Sm, Sums};
 use crate::gpu::{self, Call, GpuCode};
 use crate::manifest::Manifest;
 use crate::ptx::Module;
+use crate::tensor_map::TensorMap;
 use ir::kernel::{Access, Space};
 use ir::plan::{Entry, Place, Plan};
 use std::borrow::Cow;
@@ -194,7 +195,7 @@ impl EmulatedProgram {
             let grid = Grid {
                 ctas: [call.ctas, 1, 1],
                 threads: [call.threads, 1, 1],
-                cluster: 1,
+                cluster: self.phases[call.phase].cluster(),
                 dynamic_shared: call.shared_bytes,
             };
             let maps = call.maps.iter().map(TensorMap::encode).collect::<Result<Vec<_>, _>>();

@@ -15,8 +15,9 @@
 //!
 //! Each is run under several seeds, and must hold under every one.
 
-use runtime::emulator::{Fill, Grid, Memory, Options, Report, Sums, Swizzle, TensorMap, launch};
-use runtime::ptx::{Module, Type};
+use runtime::emulator::{Grid, Memory, Options, Report, Sums, launch};
+use runtime::ptx::Module;
+use runtime::tensor_map::{Element, Fill, Swizzle, TensorMap};
 use std::fs;
 use std::path::Path;
 use std::str::FromStr;
@@ -51,7 +52,7 @@ fn map(words: &[String]) -> Param {
     let small = |numbers: Vec<u64>| numbers.into_iter().map(|number| number as u32).collect::<Vec<_>>();
     let dims = list("dims").expect("dims");
     let map = TensorMap {
-        dtype: Type::ALL.iter().find(|(name, _)| *name == words[1]).expect("a type").1,
+        dtype: *Element::ALL.iter().find(|e| format!("{e:?}").to_lowercase() == words[1]).expect("a type"),
         base: 0,
         strides: list("strides").unwrap_or_default(),
         tile: small(list("box").expect("a box")),

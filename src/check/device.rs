@@ -10,10 +10,11 @@ use ir::kernel::interp::{self, Fault, KBuffer};
 use ir::kernel::{Access, Buffer, Kernel, Space, verify};
 use ir::plan::{Cost, Entry, Give, Launch, Plan, PlanKernel};
 use runtime::code::{Code, CodeError, Guarded};
-use runtime::emulator::{self, Grid, Memory, Report, Sm, Sums, TensorMapError};
+use runtime::emulator::{self, Grid, Memory, Report, Sm, Sums};
 use runtime::gpu;
 use runtime::map::MapError;
 use runtime::ptx::{Module, PtxError};
+use runtime::tensor_map::TensorMapError;
 use std::ops::Range;
 
 /// What a parameter holds before a launch, in the order of its index space; `None` where the launch has to write it all.
@@ -313,7 +314,7 @@ impl Emulated {
                 let grid = Grid {
                     ctas: [((phase.turns(&symbols) - 1) / turns_each + 1) as u32, 1, 1],
                     threads: [phase.threads.into(), 1, 1],
-                    cluster: 1,
+                    cluster: program.cluster(),
                     dynamic_shared: phase.shared_bytes() as u32,
                 };
                 let maps = gpu::tensor_maps(phase, &addresses, &symbols);

@@ -14,9 +14,8 @@
 
 use super::driver::{Driver, Failure, Functions, Gpu, is_out_of_memory, is_sticky, until_nul};
 use crate::device::DeviceError;
-use crate::emulator::{Fill, Swizzle, TENSOR_MAP_BYTES, TensorMap};
 use crate::gpu::{Call, with_maps};
-use crate::ptx::Type;
+use crate::tensor_map::{Element, Fill, Swizzle, TENSOR_MAP_BYTES, TensorMap};
 use cudarc::driver::sys;
 use std::ffi::{CString, c_void};
 use std::ops::Range;
@@ -115,16 +114,16 @@ impl Context {
             CUtensorMapSwizzle as Swizzled,
         };
         let data = match map.dtype {
-            Type::U8 | Type::S8 | Type::B8 => Data::CU_TENSOR_MAP_DATA_TYPE_UINT8,
-            Type::U16 | Type::S16 | Type::B16 => Data::CU_TENSOR_MAP_DATA_TYPE_UINT16,
-            Type::U32 | Type::B32 | Type::F16x2 | Type::Bf16x2 => Data::CU_TENSOR_MAP_DATA_TYPE_UINT32,
-            Type::S32 => Data::CU_TENSOR_MAP_DATA_TYPE_INT32,
-            Type::U64 | Type::B64 => Data::CU_TENSOR_MAP_DATA_TYPE_UINT64,
-            Type::S64 => Data::CU_TENSOR_MAP_DATA_TYPE_INT64,
-            Type::F16 => Data::CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
-            Type::Bf16 => Data::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
-            Type::F32 => Data::CU_TENSOR_MAP_DATA_TYPE_FLOAT32,
-            Type::F64 => Data::CU_TENSOR_MAP_DATA_TYPE_FLOAT64,
+            Element::U8 => Data::CU_TENSOR_MAP_DATA_TYPE_UINT8,
+            Element::U16 => Data::CU_TENSOR_MAP_DATA_TYPE_UINT16,
+            Element::U32 => Data::CU_TENSOR_MAP_DATA_TYPE_UINT32,
+            Element::S32 => Data::CU_TENSOR_MAP_DATA_TYPE_INT32,
+            Element::U64 => Data::CU_TENSOR_MAP_DATA_TYPE_UINT64,
+            Element::S64 => Data::CU_TENSOR_MAP_DATA_TYPE_INT64,
+            Element::F16 => Data::CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
+            Element::Bf16 => Data::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+            Element::F32 => Data::CU_TENSOR_MAP_DATA_TYPE_FLOAT32,
+            Element::F64 => Data::CU_TENSOR_MAP_DATA_TYPE_FLOAT64,
         };
         let swizzle = match map.swizzle {
             Swizzle::None => Swizzled::CU_TENSOR_MAP_SWIZZLE_NONE,

@@ -7,8 +7,9 @@
 //! Invariant: the pointers come from `context` and `driver`, which give live places, as large as they say.
 
 use super::driver::{Driver, Functions, NoDriver, Version};
-use crate::emulator::{Fill, Grid, Memory, Options, Program, Sm, Sums, Swizzle, TensorMap};
-use crate::ptx::{self, Type};
+use crate::emulator::{Grid, Memory, Options, Program, Sm, Sums};
+use crate::ptx;
+use crate::tensor_map::{Element, Fill, Swizzle, TensorMap};
 use cudarc::driver::sys;
 use std::cell::RefCell;
 use std::ffi::{CStr, c_char, c_int, c_uchar, c_uint, c_ulonglong, c_void};
@@ -453,17 +454,17 @@ unsafe extern "C" fn tensor_map(
     fill: u32,
 ) -> u32 {
     // In the order of the driver's numbers (CUDA Driver API, "Data types used by CUDA driver").
-    const TYPES: [Type; 10] = [
-        Type::U8,
-        Type::U16,
-        Type::U32,
-        Type::S32,
-        Type::U64,
-        Type::S64,
-        Type::F16,
-        Type::F32,
-        Type::F64,
-        Type::Bf16,
+    const TYPES: [Element; 10] = [
+        Element::U8,
+        Element::U16,
+        Element::U32,
+        Element::S32,
+        Element::U64,
+        Element::S64,
+        Element::F16,
+        Element::F32,
+        Element::F64,
+        Element::Bf16,
     ];
     const SWIZZLES: [Swizzle; 4] = [Swizzle::None, Swizzle::Bytes32, Swizzle::Bytes64, Swizzle::Bytes128];
     call("cuTensorMapEncodeTiled", |_| {

@@ -15,9 +15,9 @@ use super::execute::combine;
 use super::mbarrier::fault;
 use super::program::Step;
 use super::race::{How, Proxy, Stamp};
-use super::tensor_map::{Fill, TENSOR_MAP_ALIGN, TENSOR_MAP_BYTES, TensorMap};
 use super::warp::Warp;
 use crate::ptx::{Address, AtomicOp, Reg, Space, Tile, Type};
+use crate::tensor_map::{Element, Fill, TENSOR_MAP_ALIGN, TENSOR_MAP_BYTES, TensorMap};
 
 /// What shared memory of a box is a multiple of.
 const TILE_ALIGN: u64 = 128;
@@ -49,48 +49,55 @@ struct Row {
     inside: Option<(u64, usize, usize)>,
 }
 
-/// The rows of a box, or its elements where not all of a row are copied.
+/// The rows of a box.
 fn rows(map: &TensorMap, at: &[i32]) -> Vec<Row> {
-    let size = map.element_bytes();
+    let size = map.dtype.bytes();
     let copied = map.copied();
-    let dense = map.element_strides[0] == 1;
-    // An innermost dimension that is not dense is copied element by element.
-    let inner = if dense { copied[0] as usize } else { 1 };
-    let steps = copied.iter().product::<u32>() as usize / inner;
-    let row = |step: usize| {
-        let mut rest = step * inner;
-        let (mut address, mut outside) = (map.base, false);
-        let mut begin = 0i64;
-        for (dim, &count) in copied.iter().enumerate() {
+    let (columns, outer) = (copied[0] as usize, &copied[1..]);
+    let row = |number: usize| {
+        let (mut rest, mut address, mut outside) = (number, map.base, false);
+        for (dim, &count) in outer.iter().enumerate() {
             let index = rest % count as usize;
             rest /= count as usize;
-            let coordinate = i64::from(at[dim]) + index as i64 * i64::from(map.element_strides[dim]);
-            if dim == 0 {
-                begin = coordinate;
-            } else {
-                outside |= coordinate < 0 || coordinate >= map.dims[dim] as i64;
-                address = address.wrapping_add_signed(coordinate * map.strides[dim - 1] as i64);
-            }
+            let coordinate = i64::from(at[dim + 1]) + index as i64 * i64::from(map.element_strides[dim + 1]);
+            outside |= coordinate < 0 || coordinate >= map.dims[dim + 1] as i64;
+            address = address.wrapping_add_signed(coordinate * map.strides[dim] as i64);
         }
+        let begin = i64::from(at[0]);
         let first = begin.max(0);
-        let last = (begin + inner as i64).min(map.dims[0] as i64);
+        let last = (begin + columns as i64).min(map.dims[0] as i64);
         let inside = (!outside && first < last).then(|| {
             let skipped = (first - begin) as usize * size as usize;
             (address + first as u64 * size, skipped, (last - first) as usize * size as usize)
         });
-        Row { to: step * inner * size as usize, inside }
+        Row { to: number * columns * size as usize, inside }
     };
-    (0..steps).map(row).collect()
+    (0..outer.iter().product::<u32>() as usize).map(row).collect()
 }
 
 /// The fill of elements outside the tensor, as bytes of one.
 fn filling(map: &TensorMap) -> [u8; 8] {
     match (map.fill, map.dtype) {
-        (Fill::Nan, Type::F16) => 0x7FFF_u64.to_le_bytes(),
-        (Fill::Nan, Type::Bf16) => 0x7FFF_u64.to_le_bytes(),
-        (Fill::Nan, Type::F32) => 0x7FFF_FFFF_u64.to_le_bytes(),
-        (Fill::Nan, Type::F64) => 0x7FFF_FFFF_FFFF_FFFF_u64.to_le_bytes(),
+        (Fill::Nan, Element::F16 | Element::Bf16) => 0x7FFF_u64.to_le_bytes(),
+        (Fill::Nan, Element::F32) => 0x7FFF_FFFF_u64.to_le_bytes(),
+        (Fill::Nan, Element::F64) => 0x7FFF_FFFF_FFFF_FFFF_u64.to_le_bytes(),
         _ => [0; 8],
+    }
+}
+
+/// How a reduction takes elements.
+fn type_of(element: Element) -> Type {
+    match element {
+        Element::U8 => Type::U8,
+        Element::U16 => Type::U16,
+        Element::U32 => Type::U32,
+        Element::S32 => Type::S32,
+        Element::U64 => Type::U64,
+        Element::S64 => Type::S64,
+        Element::F16 => Type::F16,
+        Element::Bf16 => Type::Bf16,
+        Element::F32 => Type::F32,
+        Element::F64 => Type::F64,
     }
 }
 
@@ -140,7 +147,7 @@ impl Warp {
             let (map, at) = self.tile(tile, lane, reach)?;
             let (rank, offset) = cluster::place(reach.rank, self.lane_address(d, lane));
             aligned(Space::Shared, offset, TILE_ALIGN).map_err(|fault| at_lane(lane, fault))?;
-            let size = map.element_bytes() as usize;
+            let size = map.dtype.bytes() as usize;
             let bytes = map.copied().iter().product::<u32>() as usize * size;
             let mut data: Vec<u8> = filling(&map)[..size].iter().copied().cycle().take(bytes).collect();
             for row in rows(&map, &at) {
@@ -225,7 +232,7 @@ impl Warp {
                 reach.spot(Space::SharedCluster, run, bytes).map(|spot| (run, spot))
             };
             let (run, object) = spot(reach, place.0 as u32, mbarrier, 8)?;
-            let how = How { strong: true, proxy: Proxy::Mbarrier, pc: step.pc, ..How::default() };
+            let how = How { strong: true, proxy: Proxy::FarMbarrier, pc: step.pc, ..How::default() };
             reach.watch(&object, run, 8, how, &self.knowledge)?;
             let phase = reach.cluster[place.0].mbarriers.announce(place.1, data.len() as u32);
             let phase = phase.map_err(|problem| at_lane(lane, fault(place, problem)))?;
@@ -263,7 +270,7 @@ impl Warp {
             let (map, at) = self.tile(tile, lane, reach)?;
             let offset = self.lane_address(a, lane);
             aligned(Space::Shared, offset, TILE_ALIGN).map_err(|fault| at_lane(lane, fault))?;
-            let bytes = map.copied().iter().product::<u32>() as usize * map.element_bytes() as usize;
+            let bytes = map.copied().iter().product::<u32>() as usize * map.dtype.bytes() as usize;
             let swizzled = self.read_shared(step, lane, offset, bytes, reach)?;
             let mut data = vec![0; bytes];
             for (chunk, to) in data.chunks_mut(16).enumerate() {
@@ -273,7 +280,7 @@ impl Warp {
             for row in rows(&map, &at) {
                 if let Some((address, skipped, len)) = row.inside {
                     let data = &data[row.to + skipped..][..len];
-                    self.write_global(step, lane, address, data, (map.dtype, reduce), reach)?;
+                    self.write_global(step, lane, address, data, (type_of(map.dtype), reduce), reach)?;
                 }
             }
         }
@@ -390,13 +397,13 @@ impl Warp {
 
 #[cfg(test)]
 mod tests {
-    use super::super::tensor_map::Swizzle;
     use super::*;
+    use crate::tensor_map::Swizzle;
 
     #[test]
     fn boxes_are_cut_at_the_tensor() {
         let map = TensorMap {
-            dtype: Type::F32,
+            dtype: Element::F32,
             base: 1024,
             dims: vec![6, 3],
             strides: vec![32],
@@ -414,8 +421,8 @@ mod tests {
         // One column and one row before the beginning.
         assert_eq!(inside(&map, [-1, -1]), [(0, None), (16, Some((1024, 4, 12)))]);
         assert_eq!(inside(&map, [-4, 0]), [(0, None), (16, None)]);
-        // Every second element, 2 of 4.
-        let every = TensorMap { tile: vec![4, 1], element_strides: vec![2, 1], ..map };
-        assert_eq!(inside(&every, [1, 1]), [(0, Some((1060, 0, 4))), (4, Some((1068, 0, 4)))]);
+        // Every second row.
+        let every = TensorMap { tile: vec![4, 3], element_strides: vec![1, 2], ..map };
+        assert_eq!(inside(&every, [0, 0]), [(0, Some((1024, 0, 16))), (16, Some((1088, 0, 16)))]);
     }
 }

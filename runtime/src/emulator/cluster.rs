@@ -66,6 +66,11 @@ impl ClusterBarrier {
         self.phase
     }
 
+    /// Has a warp arrived in this phase?
+    pub fn arrived(&self) -> bool {
+        self.arrived > 0
+    }
+
     /// Is the phase over that all `warps` arrive at? It ends once.
     pub fn ends(&mut self, warps: u32) -> bool {
         let ends = warps > 0 && self.arrived >= warps;

@@ -80,7 +80,7 @@ impl Class {
             Op::Wgmma(_) => Class::MatrixGroup,
             Op::Elect { .. } => Class::Exchange,
             Op::MapA { .. } | Op::GetCtaRank { .. } => Class::Integer,
-            Op::FenceProxyAsync | Op::FenceMbarrierInit | Op::Mbarrier { .. } => Class::Synchronise,
+            Op::FenceProxyAsync(_) | Op::FenceMbarrierInit | Op::Mbarrier { .. } => Class::Synchronise,
             Op::WgmmaFence | Op::WgmmaCommit | Op::WgmmaWait(_) => Class::Synchronise,
             Op::SetMaxRegisters { .. } | Op::ClusterArrive { .. } | Op::ClusterWait => Class::Synchronise,
         }

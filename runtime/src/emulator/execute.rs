@@ -8,12 +8,12 @@ use super::cluster;
 use super::grid::Random;
 use super::matrix;
 use super::program::Step;
-use super::race::{How, Message};
+use super::race::{How, Shown};
 use super::warp::{ALL, Pause, Wait, Warp, blend};
 use super::{Fault, Sums};
 use crate::ptx::{
-    Address, AtomicOp, BarrierOp, Logic, Op, Order, Pred, ReduceOp, Reg, ShuffleMode, Space, Type, UnaryOp,
-    VoteMode,
+    Address, AtomicOp, BarrierOp, Logic, MbarrierOp, Op, Order, Pred, ReduceOp, Reg, ShuffleMode, Space,
+    Type, UnaryOp, VoteMode,
 };
 
 /// What a warp does at a barrier.
@@ -279,7 +279,14 @@ impl Warp {
                 let [a, b, c] =
                     [a, b, c].map(|part| part.iter().map(|&reg| self.narrow(reg)).collect::<Vec<_>>());
                 let types = (*a_ty, *b_ty);
-                let value = matrix::mma(*k as usize, types, *narrow, *satfinite, sums, [&a, &b, &c]);
+                let value = matrix::mma::<{ matrix::MMA_BLOCK }>(
+                    *k as usize,
+                    types,
+                    *narrow,
+                    *satfinite,
+                    sums,
+                    [&a, &b, &c],
+                );
                 for (&d, value) in d.iter().zip(value) {
                     self.put(active, d, Lanes::Narrow(value));
                 }
@@ -318,11 +325,19 @@ impl Warp {
             }
             Op::CopyCommit => lanes(active).for_each(|lane| self.groups[lane as usize] += 1),
             Op::CopyWait(keep) => self.finish_copies(active, *keep, reach)?,
-            Op::FenceProxyAsync => self.knowledge.proxy_fence(active, active == self.live, false),
-            Op::FenceMbarrierInit => self.knowledge.proxy_fence(active, active == self.live, true),
+            Op::FenceProxyAsync(space) => {
+                for (of, shown) in [(Space::Shared, Shown::Shared), (Space::Global, Shown::Global)] {
+                    if space.is_none_or(|space| space == of) {
+                        self.knowledge.show(active, active == self.live, shown);
+                    }
+                }
+            }
+            Op::FenceMbarrierInit => self.knowledge.show(active, active == self.live, Shown::Mbarriers),
             Op::Mbarrier { op, space, address } => {
-                *idle = 0;
-                return self.mbarrier(step, (op, *space, *address), active, reach);
+                if !matches!(op, MbarrierOp::Wait { .. }) {
+                    *idle = 0;
+                }
+                return self.mbarrier(step, (op, *space, *address), active, reach, random);
             }
             Op::StoreMatrix { trans, address, a } => {
                 self.together(active)?;
@@ -363,7 +378,10 @@ impl Warp {
                 if self.cluster_phase.is_some() {
                     return Err(of_warp(Fault::Cluster { problem: "the warp arrives twice" }));
                 }
-                let sent = if *releases { self.knowledge.send(active, true) } else { Message::new() };
+                let sent = match releases {
+                    true => self.knowledge.send(active, true),
+                    false => self.knowledge.send_fenced(active),
+                };
                 self.cluster_phase = Some(reach.cluster_barrier.arrive(&sent));
             }
             Op::ClusterWait => {

@@ -25,7 +25,9 @@ const BARRIERS: usize = 16;
 const LONGEST_TURN: u32 = 64;
 /// Turns without the end of a CTA after which another is let in.
 const PATIENCE: u32 = 512;
-/// Instructions without a write, a barrier or an end after which a kernel waits for ever: some seconds.
+/// Instructions without a write, a barrier or an end after which a kernel seems to wait for a copy.
+const LONG_IDLE: u64 = 1 << 12;
+/// As many after which it waits for ever: some seconds.
 const IDLE_LIMIT: u64 = 1 << 26;
 /// Threads that a CTA may have.
 const MOST_THREADS: u64 = 1024;
@@ -322,11 +324,9 @@ impl Cluster {
     }
 
     fn states(&self) -> impl Iterator<Item = (usize, usize, State)> {
-        let of = |(rank, cta): (usize, &Cta)| {
-            let states = cta.states.clone().into_iter().enumerate();
-            states.map(move |(warp, state)| (rank, warp, state))
-        };
-        self.ctas.iter().enumerate().flat_map(of)
+        self.ctas.iter().enumerate().flat_map(|(rank, cta)| {
+            cta.states.iter().enumerate().map(move |(warp, &state)| (rank, warp, state))
+        })
     }
 
     /// A warp that can go on: its CTA's rank and its number.
@@ -353,8 +353,8 @@ impl Cluster {
 
     /// Who waits for something that has happened since looks again.
     fn wake(&mut self) {
-        let live = self.states().filter(|(_, _, state)| *state != State::Done).count();
-        let mut happened = self.barrier.ends(live as u32);
+        let live = || self.states().filter(|(_, _, state)| *state != State::Done).count();
+        let mut happened = self.barrier.arrived() && self.barrier.ends(live() as u32);
         for memory in &mut self.memory {
             happened |= std::mem::take(&mut memory.mbarriers.ended);
         }
@@ -488,10 +488,13 @@ pub fn run(
         let lands = match arrivals {
             Arrivals::AtOnce => cluster.landings.len(),
             Arrivals::AnyTime => fortune.below(2),
-            Arrivals::WhenNeeded => 0,
+            // Who asks again and again, without waiting, needs it too.
+            Arrivals::WhenNeeded => usize::from(idle > LONG_IDLE),
         };
         for _ in 0..lands {
-            cluster.land(&mut fortune).map_err(|found| late(cluster, found))?;
+            if cluster.land(&mut fortune).map_err(|found| late(cluster, found))? {
+                idle = 0;
+            }
         }
         cluster.wake();
         turns += 1;

@@ -69,8 +69,8 @@ fn matrices<const PER: usize, const K: usize, T: Copy + Default>(
     (left, right)
 }
 
-/// `mma.sync.m16n8kK`: D = A B + C, as registers of D.
-pub fn mma(
+/// `mma.sync.m16n8kK`: D = A B + C, as registers of D. `BLOCK` terms are aligned together.
+pub fn mma<const BLOCK: usize>(
     k: usize,
     types: (MatrixType, MatrixType),
     narrow: bool,
@@ -93,7 +93,7 @@ pub fn mma(
                 let wide = || f32::from_bits(c[i][lane]);
                 sum[row][column] = if narrow { f16(element::<2>(c, lane, i)) } else { wide() };
             }
-            add_products(&left, &right[..k], &mut sum, sums);
+            add_products::<BLOCK>(&left, &right[..k], &mut sum, sums);
             for (lane, i, (row, column)) in places {
                 let value = sum[row][column];
                 if narrow {
@@ -120,7 +120,12 @@ pub fn mma(
 }
 
 /// `sum += left * right`, row by row; `right` has 8 or 16 rows. Where a term is infinite or no number, so is the sum, however it is added.
-fn add_products(left: &[[f64; HALVES_K]], right: &[[f64; N]], sum: &mut [[f32; N]], sums: Sums) {
+fn add_products<const BLOCK: usize>(
+    left: &[[f64; HALVES_K]],
+    right: &[[f64; N]],
+    sum: &mut [[f32; N]],
+    sums: Sums,
+) {
     let k = right.len();
     let before = sum.iter().flatten().map(|&x| f64::from(x));
     let special = special(left.iter().flatten().chain(right.iter().flatten()).copied().chain(before));
@@ -130,7 +135,7 @@ fn add_products(left: &[[f64; HALVES_K]], right: &[[f64; N]], sum: &mut [[f32; N
         };
         let before = *sum;
         match sums {
-            Sums::Truncated => row_truncated(&left[..k], right, sum),
+            Sums::Truncated => row_truncated::<BLOCK>(&left[..k], right, sum),
             Sums::Exact => row_exact(&left[..k], right, sum),
         }
         for n in (0..N).filter(|_| special) {
@@ -146,14 +151,16 @@ fn special(numbers: impl Iterator<Item = f64>) -> bool {
     numbers.fold(0, |all, x| all | (x.abs().to_bits() + (1 << 52))) >> 63 == 1
 }
 
-/// Terms that are aligned together (sm_80: 8; Fasi et al., section 4).
-const BLOCK: usize = 8;
+/// Terms that `mma` aligns together, on sm_80 (Fasi et al., section 4).
+pub const MMA_BLOCK: usize = 8;
+/// Terms that `wgmma` aligns together, on sm_90: all of an instruction's (arXiv 2512.07004).
+pub const WGMMA_BLOCK: usize = 16;
 
 /// Columns that are added together: as many as the registers of any x86-64 hold.
 const COLUMNS: usize = 4;
 
 /// `sum += left * right`, in blocks, which [`block_truncated`] does.
-fn row_truncated(left: &[f64], right: &[[f64; N]], sum: &mut [f32; N]) {
+fn row_truncated<const BLOCK: usize>(left: &[f64], right: &[[f64; N]], sum: &mut [f32; N]) {
     for (left, right) in left.as_chunks::<BLOCK>().0.iter().zip(right.as_chunks::<BLOCK>().0) {
         for first in (0..N).step_by(COLUMNS) {
             let mut terms = [[0.0; COLUMNS]; BLOCK];
@@ -171,7 +178,10 @@ fn row_truncated(left: &[f64], right: &[[f64; N]], sum: &mut [f32; N]) {
 /// A number and some terms in each column: the magnitudes of all are cut to multiples of one unit, [`FRACTION_BITS`] below
 /// the largest, and added without error; the sum is cut to an f32. All are finite.
 #[inline(always)]
-fn block_truncated(before: [f64; COLUMNS], terms: &[[f64; COLUMNS]; BLOCK]) -> [f32; COLUMNS] {
+fn block_truncated<const BLOCK: usize>(
+    before: [f64; COLUMNS],
+    terms: &[[f64; COLUMNS]; BLOCK],
+) -> [f32; COLUMNS] {
     const SIGN: u64 = 1 << 63;
     const EXPONENT: u64 = 0x7FF << 52;
     // No product of halves is below 2^-300, so neither is a unit; where all terms are 0 any will do.
@@ -282,12 +292,16 @@ mod tests {
     }
 
     fn dot(left: &[f32], right: &[f32], c: f32, sums: Sums) -> f32 {
+        dot_in::<MMA_BLOCK>(left, right, c, sums)
+    }
+
+    fn dot_in<const BLOCK: usize>(left: &[f32], right: &[f32], c: f32, sums: Sums) -> f32 {
         let mut row = [0.0; HALVES_K];
         row.iter_mut().zip(left).for_each(|(to, &from)| *to = f64::from(from));
         let mut right: Vec<[f64; N]> = right.iter().map(|&value| [f64::from(value); N]).collect();
         right.resize(right.len().next_multiple_of(BLOCK), [0.0; N]);
         let mut sum = [[c; N]];
-        add_products(&[row], &right, &mut sum, sums);
+        add_products::<BLOCK>(&[row], &right, &mut sum, sums);
         let [sum] = sum;
         assert!(sum.iter().all(|value| value.to_bits() == sum[0].to_bits()));
         sum[0]
@@ -314,6 +328,10 @@ mod tests {
         // Two blocks: the second sees what is left of the first.
         let large: Vec<f32> = [1.0; 8].into_iter().chain([2f32.powi(30)]).collect();
         assert_eq!(dot(&[1.0; 9], &large, 0.0, Sums::Truncated), 2f32.powi(30));
+        // Eight quarters are two in a block of their own, and nothing beside a large number.
+        let late: Vec<f32> = [0.25; 8].into_iter().chain([16_777_216.0]).collect();
+        assert_eq!(dot(&[1.0; 9], &late, 0.0, Sums::Truncated), 16_777_218.0);
+        assert_eq!(dot_in::<WGMMA_BLOCK>(&[1.0; 9], &late, 0.0, Sums::Truncated), 16_777_216.0);
         assert!(dot(&ones, &[f32::INFINITY; 8], -1.0, Sums::Truncated).is_infinite());
         let early: Vec<f32> = [f32::NAN].into_iter().chain([1.0; 7]).collect();
         assert!(dot(&ones, &early, 1.0, Sums::Truncated).is_nan());

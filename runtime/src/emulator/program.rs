@@ -227,7 +227,7 @@ fn operands(op: &mut Op, f: &mut dyn FnMut(Operand<'_>)) {
             f(Define(d));
         }
         Op::Branch { .. } | Op::Exit | Op::Trap | Op::Hint | Op::Fence { .. } => {}
-        Op::CopyCommit | Op::CopyWait(_) | Op::FenceProxyAsync | Op::FenceMbarrierInit => {}
+        Op::CopyCommit | Op::CopyWait(_) | Op::FenceProxyAsync(_) | Op::FenceMbarrierInit => {}
         Op::BulkCommit | Op::BulkWait { .. } | Op::WgmmaFence | Op::WgmmaCommit | Op::WgmmaWait(_) => {}
         Op::SetMaxRegisters { .. } | Op::ClusterArrive { .. } | Op::ClusterWait => {}
     }
@@ -239,6 +239,11 @@ fn tile_operands(tile: &mut Tile, f: &mut dyn FnMut(Operand<'_>)) {
 }
 
 impl Program {
+    /// CTAs of a cluster, along x.
+    pub fn cluster(&self) -> u32 {
+        self.kernel.cluster.unwrap_or(1)
+    }
+
     /// Makes a kernel ready.
     pub fn new(kernel: &Kernel) -> Program {
         let joins = flow::joins(&kernel.code);

@@ -31,10 +31,6 @@ const MBARRIER: u8 = 34;
 const BULK_READ: u8 = 64;
 /// Added to a lane's number: the bulk copies of the lane that write global memory.
 const BULK_WRITE: u8 = 96;
-/// Added to a lane's number: its accesses that asynchronous operations see.
-const PROXIED: u8 = 128;
-/// Added to a lane's number: those of `mbarrier.init` that they see.
-const INITIALISED: u8 = 192;
 /// Marks an agent that is no warp.
 const ASYNCHRONOUS: u32 = 1 << 31;
 /// Reads of a granule that the shadow of global memory keeps.
@@ -110,7 +106,7 @@ impl Stamp {
 
     /// `wgmma` of group `group` of the warpgroup that the warp is in.
     pub fn wgmma(who: &Knowledge, group: u32) -> Stamp {
-        let leader = who.agent - who.own() as u32 % who.warps % 4;
+        let leader = who.agent - who.own() as u32 % who.warps + 4 * who.warpgroup();
         Stamp { agent: ASYNCHRONOUS | leader, lane: WGMMA, clock: group + 1 }
     }
 
@@ -120,16 +116,29 @@ impl Stamp {
     }
 }
 
+/// What a fence of the proxies shows to asynchronous operations, of a lane's accesses. It is added to the lane's number.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Shown {
+    /// `fence.proxy.async`: those of shared memory.
+    Shared = 128,
+    /// `fence.proxy.async`: those of global memory.
+    Global = 161,
+    /// `fence.mbarrier_init`: mbarriers that it made.
+    Mbarriers = 194,
+}
+
 /// What an access must be able to see of the generic writes before it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Proxy {
     /// Those that came before.
     #[default]
     Generic,
+    /// Of an mbarrier of the own CTA: those that came before, be it only by `fence.mbarrier_init`.
+    Mbarrier,
     /// Of them, those with `fence.proxy.async` behind them.
     Async,
-    /// Of them, those with it or with `fence.mbarrier_init`.
-    Mbarrier,
+    /// Of an mbarrier, from elsewhere: those with it or with `fence.mbarrier_init`.
+    FarMbarrier,
 }
 
 /// What was released, or what a lane knows beside its warp: the clocks of warps and lanes that came before.
@@ -195,6 +204,11 @@ impl Knowledge {
         (self.agent - self.first) as usize
     }
 
+    /// Which warpgroup of its CTA it is in.
+    fn warpgroup(&self) -> u32 {
+        self.own() as u32 % self.warps / 4
+    }
+
     fn lane(&mut self, lane: u32) -> &mut LaneKnowledge {
         if self.lanes.is_empty() {
             self.lanes = vec![LaneKnowledge::default(); 32];
@@ -247,39 +261,45 @@ impl Knowledge {
         message
     }
 
-    /// Can the access be seen through `proxy` by what `lane` does now, if it was a generic one that came before?
-    fn visible(&self, cell: &Cell, lane: u8, proxy: Proxy) -> bool {
-        if cell.clock == 0 || cell.asynchronous() {
-            return true;
-        }
-        let says = |message: &Message, kind: u8| {
-            let of = |lane| message.get(&(cell.agent, kind + lane)).is_some_and(|&clock| cell.clock <= clock);
+    /// Does `lane` know of a fence that showed the access?
+    fn is_shown(&self, cell: &Cell, lane: u8, shown: Shown) -> bool {
+        let says = |message: &Message| {
+            let of = |lane| {
+                let fence = message.get(&(cell.agent, shown as u8 + lane));
+                fence.is_some_and(|&clock| cell.clock <= clock)
+            };
             of(WHOLE) || of(cell.lane)
         };
-        let knows = |kind| {
-            says(&self.far, kind)
-                || self.lanes.get(usize::from(lane)).is_some_and(|known| says(&known.acquired, kind))
-        };
-        match proxy {
-            Proxy::Generic => true,
-            Proxy::Async => knows(PROXIED),
-            Proxy::Mbarrier => knows(PROXIED) || knows(INITIALISED),
-        }
+        !cell.asynchronous()
+            && (says(&self.far)
+                || self.lanes.get(usize::from(lane)).is_some_and(|known| says(&known.acquired)))
     }
 
-    /// `fence.proxy.async`, or `fence.mbarrier_init` if only `init`, by the lanes of `mask`; `all`: these are all that
-    /// there are.
-    pub fn proxy_fence(&mut self, mask: u32, all: bool, init: bool) {
-        let kind = if init { INITIALISED } else { PROXIED };
+    /// A fence of the proxies, by the lanes of `mask`; `all`: these are all that there are.
+    pub fn show(&mut self, mask: u32, all: bool, shown: Shown) {
         let (agent, clock) = (self.agent, self.clock);
         if all {
-            self.far.insert((agent, kind + WHOLE), clock);
-        } else {
-            for lane in super::access::lanes(mask) {
-                self.lane(lane).acquired.insert((agent, kind + lane as u8), clock);
+            self.far.insert((agent, shown as u8 + WHOLE), clock);
+        }
+        for lane in super::access::lanes(mask) {
+            let fence = ((agent, shown as u8 + lane as u8), clock);
+            if !all {
+                self.lane(lane).acquired.extend([fence]);
+            }
+            // This one is a release too, of nothing else.
+            if shown == Shown::Mbarriers {
+                self.lane(lane).fenced.get_or_insert_default().extend([fence]);
             }
         }
         self.clock += 1;
+    }
+
+    /// What fences of the lanes of `mask` released, for a relaxed arrival.
+    pub fn send_fenced(&self, mask: u32) -> Message {
+        let mut message = Message::new();
+        let fenced = |lane: u32| self.lanes.get(lane as usize)?.fenced.as_ref();
+        super::access::lanes(mask).filter_map(fenced).for_each(|fenced| merge(&mut message, fenced));
+        message
     }
 
     /// What the lanes of `mask` have done and seen so far, for who waits for it; `all`: these are all that there are.
@@ -493,10 +513,10 @@ impl Shadow {
         Shadow::new(GLOBAL_READS, false)
     }
 
-    /// Of the shared memory of a CTA in a cluster with so many warps. Behind a read of each warp it keeps one of each
-    /// warpgroup's `wgmma` and one of a bulk copy.
+    /// Of the shared memory of a CTA in a cluster with so many warps. Behind a read of each warp come those of asynchronous
+    /// operations, once there are any.
     pub fn shared(warps: u32) -> Shadow {
-        Shadow::new((warps + warps.div_ceil(4) + 1) as usize, true)
+        Shadow::new(warps as usize, true)
     }
 
     fn new(slots: usize, by_warp: bool) -> Shadow {
@@ -610,10 +630,10 @@ impl Judge<'_> {
         let wrote = &mut page.writes[index];
         let both_strong = |other: &Cell| other.flags & cell.flags & STRONG != 0;
         if self.how.stamp.is_none() || *wrote != *met {
-            if !who.after(wrote, by) && !both_strong(wrote) {
+            if !who.after(wrote, by) && !both_strong(wrote) && !self.finds_made(wrote, by) {
                 return Err((*wrote, true, Reason::Race));
             }
-            if self.how.proxy != Proxy::Generic && !who.visible(wrote, by, self.how.proxy) {
+            if self.how.proxy != Proxy::Generic && !self.sees(wrote, by) {
                 return Err((*wrote, true, Reason::Unfenced));
             }
             *met = *wrote;
@@ -636,6 +656,9 @@ impl Judge<'_> {
         }
         let slot = if self.by_warp { Some(self.own_slot(&cell)) } else { self.slot(&page.reads, index, by) };
         if let Some(slot) = slot {
+            if page.reads.len() <= slot {
+                page.reads.resize(slot + 1, vec![Cell::default(); page.writes.len()]);
+            }
             let read = &mut page.reads[slot][index];
             // What several lanes of the warp have read, unordered among themselves, is read by all.
             let several = cell.lane <= WHOLE
@@ -648,13 +671,34 @@ impl Judge<'_> {
         Ok(())
     }
 
-    /// Where a read of shared memory is kept.
+    /// Is it of an mbarrier that a fence showed when it was made?
+    #[inline(never)]
+    fn finds_made(&self, wrote: &Cell, by: u8) -> bool {
+        let mbarrier = matches!(self.how.proxy, Proxy::Mbarrier | Proxy::FarMbarrier);
+        mbarrier && self.who.is_shown(wrote, by, Shown::Mbarriers)
+    }
+
+    /// Can the write, which came before, be seen through the proxy?
+    #[inline(never)]
+    fn sees(&self, wrote: &Cell, by: u8) -> bool {
+        let memory = if self.by_warp { Shown::Shared } else { Shown::Global };
+        let fenced = || self.who.is_shown(wrote, by, memory);
+        wrote.clock == 0
+            || wrote.asynchronous()
+            || match self.how.proxy {
+                Proxy::Generic | Proxy::Mbarrier => true,
+                Proxy::Async => fenced(),
+                Proxy::FarMbarrier => fenced() || self.finds_made(wrote, by),
+            }
+    }
+
+    /// Where a read of shared memory is kept: that of each warp, the last bulk copy's, that of each warpgroup's `wgmma`.
     #[inline(always)]
     fn own_slot(&self, cell: &Cell) -> usize {
         match cell.lane {
             0..=WHOLE => self.who.own(),
-            WGMMA => self.who.seen.len() + self.who.own() / 4,
-            _ => self.slots - 1,
+            WGMMA => self.slots + 1 + self.who.warpgroup() as usize,
+            _ => self.slots,
         }
     }
 

@@ -24,10 +24,12 @@ pub struct Registers {
 }
 
 impl Registers {
-    /// Of a CTA with so many warps. It begins with `.maxnreg`, or with as many as `.maxntid` threads may have.
+    /// Of a CTA with so many warps. It begins with `.maxnreg`, or with as many as the threads of
+    /// `.minnctapersm` CTAs of `.maxntid` may have.
     pub fn new(kernel: &Kernel, warps: u32) -> Registers {
         let of_threads = |threads: u32| (REGISTERS / threads.max(1) / UNIT * UNIT).min(MOST);
-        let begin = kernel.max_registers.or(kernel.max_threads.map(of_threads));
+        let together = kernel.min_ctas.unwrap_or(1).max(1);
+        let begin = kernel.max_registers.or(kernel.max_threads.map(|threads| of_threads(threads * together)));
         Registers { of: begin.map(|begin| vec![begin; warps as usize]), free: 0, given: false }
     }
 

@@ -12,10 +12,10 @@ use super::access::{Checked, Reach, Run, lanes, of_warp};
 use super::arithmetic::{LANES, Lanes, Narrow};
 use super::program::Step;
 use super::race::{How, Proxy, Stamp};
-use super::tensor_map::Swizzle;
 use super::warp::Warp;
 use super::{Fault, Sums, matrix};
 use crate::ptx::{MatrixA, MatrixType, Reg, Space, Wgmma};
+use crate::tensor_map::Swizzle;
 
 /// Warps of a warpgroup.
 pub const WARPS: usize = 4;
@@ -236,7 +236,8 @@ pub fn run(warps: &mut [Warp], step: &Step, wgmma: &Wgmma, reach: &mut Reach<'_>
                 }
             }
             let (b, c): (Vec<&Narrow>, Vec<&Narrow>) = (b.iter().collect(), c.iter().collect());
-            let d = matrix::mma(k, types, false, wgmma.satfinite, sums, [&a, &b, &c]);
+            let d =
+                matrix::mma::<{ matrix::WGMMA_BLOCK }>(k, types, false, wgmma.satfinite, sums, [&a, &b, &c]);
             for (&reg, value) in registers.iter().zip(d) {
                 warp.put(u32::MAX, reg, Lanes::Narrow(value));
             }

@@ -653,8 +653,9 @@ pub enum Op {
     CopyCommit,
     /// All but the newest so many groups; `None`: all, committed or not.
     CopyWait(Option<u32>),
-    /// `fence.proxy.async`: writes before it are seen by asynchronous operations behind it.
-    FenceProxyAsync,
+    /// `fence.proxy.async`: writes before it are seen by asynchronous operations behind it, those to shared or global memory
+    /// or, if nothing is said, to both.
+    FenceProxyAsync(Option<Space>),
     /// `fence.mbarrier_init`: the same of `mbarrier.init` alone, and for the other CTAs of the cluster.
     FenceMbarrierInit,
     Mbarrier {

@@ -307,8 +307,11 @@ pub fn fence(m: &mut Mods<'_>) -> Result<Op, PtxError> {
     }
     need(m, "proxy")?;
     need(m, "async")?;
-    m.find(|part| matches!(part, "global" | "shared::cta" | "shared::cluster").then_some(()));
-    Ok(Op::FenceProxyAsync)
+    Ok(Op::FenceProxyAsync(m.find(|part| match part {
+        "global" => Some(Space::Global),
+        "shared::cta" | "shared::cluster" => Some(Space::Shared),
+        _ => None,
+    })))
 }
 
 /// `barrier.cluster`.

@@ -1,10 +1,9 @@
 //! Tensor maps: what a bulk copy of a box is told of the tensor in global memory.
 //!
-//! Source: PTX ISA, "Tensors", "Tiled mode", "Swizzling modes"; what may not be is what `cuTensorMapEncodeTiled` refuses (CUDA
-//! Driver API, "Tensor Map Object Management"). How the driver lays the 128 bytes out is not public, so the bytes here are
-//! our own, and begin with a mark: a parameter that is no map is noticed.
-
-use crate::ptx::Type;
+//! A map is described here, and refused where `cuTensorMapEncodeTiled` refuses it (CUDA Driver API, "Tensor Map Object
+//! Management"; PTX ISA, "Tensors", "Tiled mode", "Swizzling modes"). A kernel has it as a parameter of 128 bytes. How the
+//! driver lays these out is not public: [`TensorMap::encode`] makes the emulator's own, which begin with a mark, so that a
+//! parameter that is no map is noticed.
 
 /// Bytes of a tensor map.
 pub const TENSOR_MAP_BYTES: usize = 128;
@@ -14,6 +13,62 @@ pub const TENSOR_MAP_ALIGN: u64 = 64;
 const MARK: [u8; 8] = *b"our tmap";
 /// Dimensions that a tensor may have.
 const MOST_DIMS: usize = 5;
+
+/// What a tensor's elements are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Element {
+    /// 8 bits.
+    U8,
+    /// 16 bits.
+    U16,
+    /// 32 bits.
+    U32,
+    /// 32 bits, signed.
+    S32,
+    /// 64 bits.
+    U64,
+    /// 64 bits, signed.
+    S64,
+    /// IEEE binary16.
+    F16,
+    /// The upper half of an IEEE binary32.
+    Bf16,
+    /// IEEE binary32.
+    F32,
+    /// IEEE binary64.
+    F64,
+}
+
+impl Element {
+    /// All of them.
+    pub const ALL: [Element; 10] = [
+        Element::U8,
+        Element::U16,
+        Element::U32,
+        Element::S32,
+        Element::U64,
+        Element::S64,
+        Element::F16,
+        Element::Bf16,
+        Element::F32,
+        Element::F64,
+    ];
+
+    /// Bytes of one.
+    pub fn bytes(self) -> u64 {
+        match self {
+            Element::U8 => 1,
+            Element::U16 | Element::F16 | Element::Bf16 => 2,
+            Element::U32 | Element::S32 | Element::F32 => 4,
+            Element::U64 | Element::S64 | Element::F64 => 8,
+        }
+    }
+
+    /// Can one be no number?
+    pub fn float(self) -> bool {
+        matches!(self, Element::F16 | Element::Bf16 | Element::F32 | Element::F64)
+    }
+}
 
 /// How 16-byte chunks are moved in shared memory, so that columns of chunks lie in different banks.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
@@ -62,17 +117,17 @@ pub enum Fill {
 /// A tensor in global memory, and the box that is copied at once. Lists go from the innermost dimension outwards.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TensorMap {
-    /// The element: not a type of 8 signed or of untyped bits, nor a pair.
-    pub dtype: Type,
+    /// What its elements are.
+    pub dtype: Element,
     /// Device address of the first element.
     pub base: u64,
     /// Elements of each dimension.
     pub dims: Vec<u64>,
     /// Bytes from one element to the next of each dimension but the innermost.
     pub strides: Vec<u64>,
-    /// Elements of the box.
+    /// Elements that the box spans.
     pub tile: Vec<u32>,
-    /// Of so many elements of the box one is copied.
+    /// Of so many of them one is copied; of the innermost dimension, all.
     pub element_strides: Vec<u32>,
     /// How it lies in shared memory.
     pub swizzle: Swizzle,
@@ -97,9 +152,6 @@ pub enum TensorMapError {
         /// Element strides.
         element_strides: usize,
     },
-    /// A type that tensors do not have.
-    #[error("the elements are {0:?}: u8, u16, u32, s32, u64, s64, f16, bf16, f32 and f64 can be")]
-    Type(Type),
     /// An address that is not aligned.
     #[error("the tensor is at {0:#x}, which must be a multiple of 16")]
     Base(u64),
@@ -128,7 +180,7 @@ pub enum TensorMapError {
         found: u32,
     },
     /// Element strides beyond what can be.
-    #[error("the element stride of dim {at} is {found}, 1 to 8 can be")]
+    #[error("the element stride of dim {at} is {found}, 1 to 8 can be, 1 of dim 0")]
     ElementStride {
         /// Of which dimension.
         at: usize,
@@ -148,22 +200,8 @@ pub enum TensorMapError {
     },
     /// NaN for integers.
     #[error("elements outside are to be NaN, which {0:?} does not have")]
-    Fill(Type),
+    Fill(Element),
 }
-
-/// The element types, in the order of their codes.
-const TYPES: [Type; 10] = [
-    Type::U8,
-    Type::U16,
-    Type::U32,
-    Type::S32,
-    Type::U64,
-    Type::S64,
-    Type::F16,
-    Type::F32,
-    Type::F64,
-    Type::Bf16,
-];
 
 impl TensorMap {
     /// Elements that the box has in shared memory, by dimension.
@@ -171,17 +209,13 @@ impl TensorMap {
         self.tile.iter().zip(&self.element_strides).map(|(tile, stride)| tile.div_ceil(*stride)).collect()
     }
 
-    /// Bytes of an element.
-    pub fn element_bytes(&self) -> u64 {
-        u64::from(self.dtype.bits() / 8)
-    }
-
     /// Would the driver make it?
     ///
     /// # Errors
     ///
     /// The first rule that it breaks. That each stride be a multiple of the one before it, as the manual says too, is no
-    /// such rule: permuted tensors are made.
+    /// such rule: permuted tensors are made. An element stride of the innermost dimension the driver ignores; it is an error
+    /// here.
     pub fn check(&self) -> Result<(), TensorMapError> {
         let TensorMap { dtype, base, dims, strides, tile, element_strides, swizzle, fill } = self;
         let rank = dims.len();
@@ -194,9 +228,6 @@ impl TensorMap {
                 element_strides: element_strides.len(),
             });
         }
-        if !TYPES.contains(dtype) {
-            return Err(TensorMapError::Type(*dtype));
-        }
         if !base.is_multiple_of(16) {
             return Err(TensorMapError::Base(*base));
         }
@@ -207,7 +238,8 @@ impl TensorMap {
             if tile[at] == 0 || tile[at] > 256 {
                 return Err(TensorMapError::Box { at, found: tile[at] });
             }
-            if element_strides[at] == 0 || element_strides[at] > 8 {
+            let most = if at == 0 { 1 } else { 8 };
+            if element_strides[at] == 0 || element_strides[at] > most {
                 return Err(TensorMapError::ElementStride { at, found: element_strides[at] });
             }
         }
@@ -216,7 +248,7 @@ impl TensorMap {
                 return Err(TensorMapError::Stride { at: at + 1, found });
             }
         }
-        let row = u64::from(self.copied()[0]) * self.element_bytes();
+        let row = u64::from(tile[0]) * dtype.bytes();
         if !row.is_multiple_of(16) {
             return Err(TensorMapError::Row(row));
         }
@@ -229,7 +261,7 @@ impl TensorMap {
         Ok(())
     }
 
-    /// The bytes of a kernel's parameter.
+    /// The bytes of a kernel's parameter on the emulator. It must lie at a multiple of [`TENSOR_MAP_ALIGN`].
     ///
     /// # Errors
     ///
@@ -238,7 +270,7 @@ impl TensorMap {
         self.check()?;
         let code = |at: Option<usize>| at.expect("it was checked") as u8;
         let mut bytes = MARK.to_vec();
-        bytes.push(code(TYPES.iter().position(|ty| *ty == self.dtype)));
+        bytes.push(code(Element::ALL.iter().position(|element| *element == self.dtype)));
         bytes.push(code(Swizzle::ALL.iter().position(|swizzle| *swizzle == self.swizzle)));
         bytes.push(u8::from(self.fill == Fill::Nan));
         bytes.push(self.dims.len() as u8);
@@ -270,7 +302,7 @@ impl TensorMap {
         }
         let small = |numbers: Vec<u64>| numbers.into_iter().map(|number| number as u32).collect();
         let map = TensorMap {
-            dtype: *TYPES.get(dtype as usize)?,
+            dtype: *Element::ALL.get(dtype as usize)?,
             base: many(1, 8)?[0],
             dims: many(rank, 4)?.into_iter().map(|dim| dim + 1).collect(),
             strides: many(rank - 1, 8)?,
@@ -289,7 +321,7 @@ mod tests {
 
     fn map() -> TensorMap {
         TensorMap {
-            dtype: Type::Bf16,
+            dtype: Element::Bf16,
             base: 1 << 40,
             dims: vec![80, 3, 1 << 32],
             strides: vec![160, 480],
@@ -331,7 +363,6 @@ mod tests {
         };
         assert!(matches!(refused(|m| m.dims.clear()), E::Rank { dims: 0, .. }));
         assert!(matches!(refused(|m| m.strides.push(16)), E::Rank { strides: 3, .. }));
-        assert_eq!(refused(|m| m.dtype = Type::Bf16x2), E::Type(Type::Bf16x2));
         assert_eq!(refused(|m| m.base += 8), E::Base((1 << 40) + 8));
         assert_eq!(refused(|m| m.dims[1] = 0), E::Dim { at: 1, found: 0 });
         assert_eq!(refused(|m| m.dims[2] += 1), E::Dim { at: 2, found: (1 << 32) + 1 });
@@ -339,10 +370,11 @@ mod tests {
         assert_eq!(refused(|m| m.strides[1] = 1 << 40), E::Stride { at: 2, found: 1 << 40 });
         assert_eq!(refused(|m| m.tile[2] = 257), E::Box { at: 2, found: 257 });
         assert_eq!(refused(|m| m.element_strides[1] = 9), E::ElementStride { at: 1, found: 9 });
+        assert_eq!(refused(|m| m.element_strides[0] = 2), E::ElementStride { at: 0, found: 2 });
         assert_eq!(refused(|m| m.tile[0] = 12), E::Row(24));
         assert_eq!(refused(|m| m.tile[0] = 72), E::Span { row: 144, span: 128 });
-        let integers = |m: &mut TensorMap| (m.dtype, m.fill, m.tile[0]) = (Type::U8, Fill::Nan, 64);
-        assert_eq!(refused(integers), E::Fill(Type::U8));
+        let integers = |m: &mut TensorMap| (m.dtype, m.fill, m.tile[0]) = (Element::U8, Fill::Nan, 64);
+        assert_eq!(refused(integers), E::Fill(Element::U8));
     }
 
     /// PTX ISA, "Swizzling modes": which chunk lies in each of the 8 of a row of 128 bytes, for the rows of a pattern.
