@@ -52,11 +52,14 @@ pub fn trials() -> Vec<Trial> {
         trials.push(Trial::test(name.clone(), move || Ok(objects(&name, level)?)));
     }
     trials.push(Trial::test("lower products stay in registers", || Ok(products_in_registers()?)));
-    for dtype in [DType::F32, DType::BF16] {
-        let name = format!("lower ptx {dtype}");
-        trials.push(Trial::test(name.clone(), move || Ok(models_in_ptx(&name, dtype)?)));
+    for gpu in &ARCHITECTURES {
+        for dtype in [DType::F32, DType::BF16] {
+            let name = format!("lower ptx {} {dtype}", gpu.cpu);
+            trials.push(Trial::test(name.clone(), move || Ok(models_in_ptx(&name, dtype, gpu)?)));
+        }
+        let name = format!("lower ptx {} random", gpu.cpu);
+        trials.push(Trial::test(name.clone(), move || Ok(random_in_ptx(&name, gpu)?)));
     }
-    trials.push(Trial::test("lower ptx random", || Ok(random_in_ptx("lower ptx random")?)));
     trials
 }
 
@@ -381,30 +384,27 @@ fn random_kernels(target: &Target, kernels: &mut Kernels) -> Checked<()> {
 
 // PTX.
 
-fn models_in_ptx(name: &str, dtype: DType) -> Checked<()> {
+fn models_in_ptx(name: &str, dtype: DType, gpu: &Architecture) -> Checked<()> {
     for of in ["builtin", "preset:smollm2-135m", "preset:llama3-8b"] {
-        let ptx = ptx(&model(of, dtype, &GPU.target())?)?;
-        ptxas::check_instructions(name, &ptx, GPU)?;
+        let ptx = ptx(&model(of, dtype, &gpu.target())?, gpu)?;
+        ptxas::check_instructions(name, &ptx, gpu)?;
     }
     Ok(())
 }
 
-fn random_in_ptx(name: &str) -> Checked<()> {
+fn random_in_ptx(name: &str, gpu: &Architecture) -> Checked<()> {
     let mut kernels = Kernels::default();
-    random_kernels(&GPU.target(), &mut kernels)?;
+    random_kernels(&gpu.target(), &mut kernels)?;
     let count = |family: Family| kernels.list.iter().filter(|k| k.family == family).count();
     for family in [Family::Rowwise, Family::Elementwise, Family::Gather] {
         assert!(count(family) > 0, "no {} kernel among them", family.name());
     }
-    ptxas::check(name, &ptx(&kernels.list)?, GPU)
+    ptxas::check(name, &ptx(&kernels.list, gpu)?, gpu)
 }
 
-/// The GPU that every later one runs the code of.
-const GPU: &Architecture = &ARCHITECTURES[0];
-
 /// A module of kernels, which is read.
-fn ptx(kernels: &[Kernel]) -> Checked<String> {
-    let ptx = nvptx::compile(&nvptx::llvm(kernels, GPU)?, GPU)?;
+fn ptx(kernels: &[Kernel], gpu: &Architecture) -> Checked<String> {
+    let ptx = nvptx::compile(&nvptx::llvm(kernels, gpu)?, gpu)?;
     read(&ptx)?;
     Ok(ptx)
 }

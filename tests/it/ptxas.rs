@@ -81,13 +81,18 @@ fn sass(cubin: &Cubin) -> Checked<String> {
 }
 
 /// Instructions of PTX and of machine code that stand one for one.
-const PAIRS: [(&str, &str); 6] = [
+const PAIRS: [(&str, &str); 11] = [
     ("mma.sync.aligned.m16n8k16.", " HMMA.16816."),
     ("ldmatrix.sync.", " LDSM."),
     ("cp.async.cg.", " LDGSTS."),
     ("cp.async.commit_group", " LDGDEPBAR"),
     ("cp.async.wait_group", " DEPBAR.LE "),
     ("bar.sync", " BAR.SYNC"),
+    ("bar.arrive", " BAR.ARV"),
+    ("wgmma.mma_async.", " HGMMA."),
+    ("wgmma.wait_group.", " WARPGROUP.DEPBAR."),
+    ("cp.async.bulk.tensor.", " UTMALDG."),
+    ("setmaxnreg.", " USETMAXREG."),
 ];
 
 /// Has the machine code of each kernel as many of them as its PTX?

@@ -5,14 +5,14 @@
 
 use crate::Checked;
 use codegen::Backend;
-use codegen::nvptx::{self, ARCHITECTURES};
+use codegen::nvptx::{self, ARCHITECTURES, Architecture};
 use ir::kernel::Kernel;
 use ir::kernel::parse::parse;
 use libtest_mimic::Trial;
 use llamac::check::cases::{Case, cases, gpu};
 use llamac::check::device::{Device, Emulated, LaunchError};
 use llamac::check::{Feed, Subject, results};
-use runtime::emulator::{Fault, Sm};
+use runtime::emulator::Fault;
 
 /// A case for each kind of kernel that synchronises: enough steps to go around its ring, and several turns of a worker.
 const KERNELS: [&str; 7] = [
@@ -26,17 +26,44 @@ const KERNELS: [&str; 7] = [
 ];
 
 /// Statements that synchronise.
-const STATEMENTS: [&str; 3] = ["bar.sync", "cp.async.wait_group", "cp.async.commit_group"];
+const STATEMENTS: [&str; 12] = [
+    "bar.sync",
+    "bar.arrive",
+    "cp.async.wait_group",
+    "cp.async.commit_group",
+    "fence.proxy.async",
+    "fence.mbarrier_init",
+    "mbarrier.init",
+    "mbarrier.arrive",
+    "mbarrier.try_wait",
+    "wgmma.fence",
+    "wgmma.commit_group",
+    "wgmma.wait_group",
+];
 
-/// Statements that may go, by kernel and number among those of the kernel, with the reason.
-const REDUNDANT: [(&str, usize, &str); 0] = [];
+/// A line without the statement that synchronises, if it has one. A wait for an mbarrier becomes one that is over at once.
+fn without(line: &str) -> Option<String> {
+    let at = STATEMENTS.iter().filter_map(|s| line.find(s)).min()?;
+    let (before, statement) = line.split_at(at);
+    let over = statement.strip_prefix("mbarrier.try_wait").and_then(|rest| {
+        let ended = rest.split_whitespace().nth(1)?.trim_end_matches(',');
+        Some(format!("setp.eq.u32 {ended}, 0, 0;"))
+    });
+    Some(before.to_string() + &over.unwrap_or_default())
+}
+
+/// Statements that may go, by GPU, kernel and number among those of the kernel, with the reason.
+const REDUNDANT: [(&str, &str, usize, &str); 0] = [];
 
 /// One test a kernel.
 pub fn trials() -> Vec<Trial> {
     let trial = |name: &'static str| {
-        Trial::test(format!("synchronisation {name}"), move || deletions(name).map_err(Into::into))
+        ARCHITECTURES.iter().map(move |gpu| {
+            let name_of = format!("synchronisation {name} on {}", gpu.cpu);
+            Trial::test(name_of, move || deletions(name, gpu).map_err(Into::into))
+        })
     };
-    let mut trials: Vec<Trial> = KERNELS.map(trial).into();
+    let mut trials: Vec<Trial> = KERNELS.into_iter().flat_map(trial).collect();
     trials.push(Trial::test("synchronisation of phases", || phases().map_err(Into::into)));
     trials
 }
@@ -65,10 +92,9 @@ fn phases() -> Checked<()> {
     }
 }
 
-fn deletions(name: &'static str) -> Checked<()> {
+fn deletions(name: &'static str, architecture: &'static Architecture) -> Checked<()> {
     let table: Vec<Case> = cases().into_iter().chain(gpu(true)).collect();
     let case = table.iter().find(|case| case.name == name).ok_or("there is no such case")?;
-    let architecture = &ARCHITECTURES[0];
     let target = architecture.target();
     let mut subject = Subject::new(case.graph.clone(), &target);
     let (tokens, past) = *case.steps.last().ok_or("a case has steps")?;
@@ -82,23 +108,22 @@ fn deletions(name: &'static str) -> Checked<()> {
         let kernel = Kernel { name: "0".to_string(), ..lowered.kernel.clone() };
         let ptx = nvptx::compile(&nvptx::llvm(&[kernel], architecture)?, architecture)?;
         let run = |ptx: &str| -> Checked<Result<(), LaunchError>> {
-            let mut device = Device::Emulated(Box::new(Emulated::of_ptx(ptx, 1, Sm::Sm80)?));
+            let mut device = Device::Emulated(Box::new(Emulated::of_ptx(ptx, 1, architecture.cpu.parse()?)?));
             Ok(results(&subject, group, (0, &lowered), &mut device, (&symbols, &tensors)).map(drop))
         };
         run(&ptx)?.map_err(|e| format!("as it is: {e}"))?;
         let lines: Vec<&str> = ptx.lines().collect();
-        let synchronises = |line: &&str| STATEMENTS.iter().any(|s| line.trim_start().starts_with(s));
-        let places: Vec<usize> = (0..lines.len()).filter(|&at| synchronises(&lines[at])).collect();
-        for (number, &place) in places.iter().enumerate() {
+        let places = (0..lines.len()).filter_map(|at| Some((at, without(lines[at])?)));
+        for (number, (place, less)) in places.enumerate() {
             let statement = lines[place].trim();
             let mut changed = lines.clone();
-            changed[place] = "";
-            let redundant = REDUNDANT.iter().find(|r| (r.0, r.1) == (name, number));
+            changed[place] = &less;
+            let redundant = REDUNDANT.iter().find(|r| (r.0, r.1, r.2) == (architecture.cpu, name, number));
             match (run(&changed.join("\n"))?, redundant) {
                 (Err(LaunchError::Emulated(_)), None) => {}
                 (Ok(()), Some(_)) => {}
                 (Err(_), Some(why)) => {
-                    return Err(format!("not redundant ({}): {number} {statement}", why.2).into());
+                    return Err(format!("not redundant ({}): {number} {statement}", why.3).into());
                 }
                 (Err(other), None) => {
                     return Err(format!("no report, but {other}: {number} {statement}").into());
@@ -111,7 +136,7 @@ fn deletions(name: &'static str) -> Checked<()> {
             deleted += 1;
         }
     }
-    println!("synchronisation {name}: {deleted} statements, each missed");
+    println!("synchronisation {name} on {}: {deleted} statements, each missed", architecture.cpu);
     assert!(deleted > 0, "nothing to delete");
     Ok(())
 }

@@ -80,19 +80,19 @@ impl Ctx<'_> {
             Warpgroup::Registers(count) => {
                 self.whole_groups()?;
                 range("registers", (*count).into(), REGISTERS.0, REGISTERS.1)?;
-                multiple("the registers", Some((*count).into()), 8)
+                multiple("the number of registers", Some((*count).into()), 8)
             }
             Warpgroup::Meet { id, threads } | Warpgroup::Pass { id, threads } => {
                 same("the number", self.whole(id)?, Type::Index)?;
                 if let Some(id) = self.constant(id) {
                     range("barriers", id, 1, 15)?;
                 }
-                multiple("the threads", Some((*threads).into()), WARP.into())?;
+                multiple("the number of threads", Some((*threads).into()), WARP.into())?;
                 range("threads", (*threads).into(), WARP.into(), self.kernel.threads.into())
             }
             Warpgroup::Expect { at, bytes } => {
                 self.mbarrier(at)?;
-                multiple("the bytes", Some((*bytes).into()), 16)?;
+                multiple("the number of bytes", Some((*bytes).into()), 16)?;
                 range("bytes", (*bytes).into(), 16, (1 << 20) - 1)
             }
             Warpgroup::Arrive(at) => self.mbarrier(at),
