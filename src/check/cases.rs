@@ -153,6 +153,9 @@ pub fn gpu(all: bool) -> Vec<Case> {
     const HEADS: [usize; 7] = [8, 24, 64, 80, 96, 128, 256];
     const PER_KV: [usize; 4] = [1, 3, 4, 7];
     const PAST: [i64; 4] = [0, 1, 63, 200];
+    // Of few rows: about the edges of splits, and behind several.
+    const FEW_ROWS: [(i64, i64); 4] = [(1, 1), (1, 16), (2, 16), (16, 16)];
+    const LONG: [i64; 5] = [0, 255, 256, 628, 752];
     let distributions = Distribution::ALL.len();
     let mut cases = Vec::new();
     for choice in
@@ -188,17 +191,35 @@ pub fn gpu(all: bool) -> Vec<Case> {
         };
         let ((d, per_kv), ((t, most), past, dtype)) =
             ((HEADS[d], PER_KV[per_kv]), (GPU_ROWS[rows], PAST[past], DTYPES[dtype]));
-        let mut b = Builder::new("case");
-        let rows = b.symbol("T", 1, most);
-        let q = b.input("q", dtype, &[rows, per_kv.into(), d.into()]);
-        let pos = b.input("positions", DType::I32, &[rows]);
-        let [k, v] = ["k", "v"].map(|name| b.state(name, dtype, &[Dim::of(1), Dim::of(768), d.into()]));
-        let y = b.attention("a", q, k, v, pos, true, 1.0 / (d as f64).sqrt());
-        b.output("y", y);
         let name = format!("flash d {d} of {per_kv} {dtype} T {t} of {most} P {past}");
+        let b = cached(dtype, (1, per_kv, d), most);
         cases.push(of_rows(name, b, (t, past), most, distribution));
     }
+    for choice in combinations(
+        &[HEADS.len(), PER_KV.len(), FEW_ROWS.len(), LONG.len(), DTYPES.len(), distributions],
+        all,
+    ) {
+        let [d, per_kv, rows, past, dtype, distribution] = choice[..] else {
+            unreachable!("as many as asked for")
+        };
+        let ((d, per_kv), ((t, most), past, dtype)) =
+            ((HEADS[d], PER_KV[per_kv]), (FEW_ROWS[rows], LONG[past], DTYPES[dtype]));
+        let name = format!("decode d {d} of {per_kv} {dtype} T {t} of {most} P {past}");
+        cases.push(of_rows(name, cached(dtype, (2, per_kv, d), most), (t, past), most, distribution));
+    }
     cases
+}
+
+/// An attention over a cache of 768 positions.
+fn cached(dtype: DType, (kv_heads, per_kv, d): (usize, usize, usize), most: i64) -> Builder {
+    let mut b = Builder::new("case");
+    let rows = b.symbol("T", 1, most);
+    let q = b.input("q", dtype, &[rows, (kv_heads * per_kv).into(), d.into()]);
+    let pos = b.input("positions", DType::I32, &[rows]);
+    let [k, v] = ["k", "v"].map(|name| b.state(name, dtype, &[kv_heads.into(), Dim::of(768), d.into()]));
+    let y = b.attention("a", q, k, v, pos, true, 1.0 / (d as f64).sqrt());
+    b.output("y", y);
+    b
 }
 
 fn of_rows(name: String, b: Builder, step: (i64, i64), most: i64, distribution: usize) -> Case {

@@ -1,16 +1,18 @@
 //! The families on a GPU: the same groups, other generators. A worker is a CTA, and its threads share the work.
 //!
 //! * Rows (`rowwise`, `elementwise`, `gather`) are done by the CPU's generators: a warp takes a row, its threads the vectors.
-//! * [`gemv`] is products of one row, [`gemm`] of more, [`flash`] attention.
+//! * [`gemv`] is products of one row, [`gemm`] of more, [`flash`] attention, [`decode`] that of few rows; both do [`tile`]s.
 //! * f32 is computed by FMA, never by tensor cores, whose f32 has a roundoff of 2^-11; bf16 by `mma`.
 //!
 //! Weights lie in rows that begin at multiples of 16 bytes, caches as `[heads, slots, head]`.
 
+pub mod decode;
 pub mod flash;
 pub mod gemm;
 pub mod gemv;
 pub mod hopper;
 mod softmax;
+pub mod tile;
 
 use super::access::Lowering;
 use super::{GroupView, LowerError, Lowered, dot, elementwise, rowwise, sample};
@@ -42,7 +44,7 @@ pub fn schedules(view: &GroupView<'_>, gpu: &Gpu) -> Result<Vec<String>, LowerEr
         }
         Family::Attention => {
             let by_groups = if gpu.warpgroups { hopper::flash::schedules(view, gpu)? } else { Vec::new() };
-            Ok(by_preference(view, flash::schedules(view, gpu)?, by_groups))
+            Ok(by_preference(view, tile::schedules(view, gpu)?, by_groups))
         }
         Family::Rowwise | Family::Elementwise | Family::Gather | Family::Sample => Ok(vec![String::new()]),
     }
@@ -80,7 +82,10 @@ pub fn lower(view: &GroupView<'_>, gpu: &Gpu) -> Result<Lowered, LowerError> {
         Family::Attention if text.starts_with(BY_GROUPS) => {
             hopper::flash::lower(view, hopper::flash::Schedule::parse(&text).map_err(wrong)?, gpu)
         }
-        Family::Attention => flash::lower(view, flash::Schedule::parse(&text).map_err(wrong)?),
+        Family::Attention => match tile::Schedule::parse(&text).map_err(wrong)? {
+            whole if whole.split == 0 => flash::lower(view, whole),
+            split => decode::lower(view, split),
+        },
         Family::Rowwise => rowwise::lower(Lowering::of_warps(view, ROWS)),
         Family::Elementwise | Family::Gather => elementwise::lower(Lowering::of_warps(view, ROWS)),
         Family::Sample => sample::lower_threads(view),

@@ -104,10 +104,15 @@ impl Stamp {
         Stamp { agent: ASYNCHRONOUS | who.agent, lane: kind + lane as u8, clock: group + 1 }
     }
 
-    /// `wgmma` of group `group` of the warpgroup that the warp is in.
+    /// `wgmma` of group `group` of the warpgroup that the warp is in: of all its warps, by the first.
     pub fn wgmma(who: &Knowledge, group: u32) -> Stamp {
         let leader = who.agent - who.own() as u32 % who.warps + 4 * who.warpgroup();
         Stamp { agent: ASYNCHRONOUS | leader, lane: WGMMA, clock: group + 1 }
+    }
+
+    /// The warp's own part of it, which it waits for.
+    pub fn part_of_wgmma(who: &Knowledge, group: u32) -> Stamp {
+        Stamp { agent: ASYNCHRONOUS | who.agent, ..Stamp::wgmma(who, group) }
     }
 
     /// What who waited for it knows.
@@ -237,11 +242,16 @@ impl Knowledge {
         {
             return true;
         }
-        let says = |message: &Message| {
-            let of = |lane| message.get(&(cell.agent, lane)).is_some_and(|&clock| cell.clock <= clock);
-            of(WHOLE) || of(cell.lane)
+        let acquired = self.lanes.get(usize::from(lane)).map(|known| &known.acquired);
+        let says = |agent: u32| {
+            [Some(&self.far), acquired].into_iter().flatten().any(|message: &Message| {
+                let of = |lane| message.get(&(agent, lane)).is_some_and(|&clock| cell.clock <= clock);
+                of(WHOLE) || of(cell.lane)
+            })
         };
-        says(&self.far) || self.lanes.get(usize::from(lane)).is_some_and(|known| says(&known.acquired))
+        // Each warp of a warpgroup waits for its own part of a `wgmma`.
+        let agents = if cell.lane == WGMMA { cell.agent..cell.agent + 4 } else { cell.agent..cell.agent + 1 };
+        agents.into_iter().all(says)
     }
 
     /// What the lane has done and seen so far, for others.

@@ -270,7 +270,7 @@ impl Warp {
             return;
         };
         self.fragments.retired = self.fragments.retired.max(retired);
-        let stamp = Stamp::wgmma(&self.knowledge, retired - 1);
+        let stamp = Stamp::part_of_wgmma(&self.knowledge, retired - 1);
         self.knowledge.learn_stamp(active, true, stamp);
     }
 

@@ -6,16 +6,70 @@
 //! apart, and of each block of 8 columns two of each row.
 
 use crate::dtype::DType;
+use crate::families::access::Lowering;
 use crate::families::attention::Shape;
-use crate::kernel::{BufferId, Builder, Expr, RegId, Type, WARP};
+use crate::families::{LowerError, storage};
+use crate::kernel::{Access, BufferId, Builder, Expr, RegId, Type, WARP};
 use crate::op::{Compare, Reduction, Unary};
 
-/// The rows of a CTA's turn.
+/// The positions of a step's tokens, each of which is the last key that the token sees.
+#[derive(Clone)]
+pub(super) struct Positions {
+    /// `pos[t]`.
+    pub pos: BufferId,
+    pub lane: Expr,
+}
+
+impl Positions {
+    /// That of a token.
+    pub fn at(&self, k: &Builder, step: Expr) -> Expr {
+        k.load(self.pos, &[step], 1)
+    }
+
+    /// The largest and the smallest of so many tokens, in every thread of a warp.
+    pub fn most_and_least(&self, k: &mut Builder, count: Expr, step: impl Fn(Expr) -> Expr) -> [Expr; 2] {
+        let most = k.reg("most", i32s(), &[], Some(int(0)));
+        let least = k.reg("least", i32s(), &[], Some(int(i32::MAX)));
+        k.for_("i", self.lane.clone(), count, WARP.into(), |k, i| {
+            let at = self.at(k, step(i));
+            let at = k.let_("at", at);
+            let (more, less) = (k.get(most, &[]).max(at.clone()), k.get(least, &[]).min(at));
+            k.set(most, &[], more);
+            k.set(least, &[], less);
+        });
+        for mask in [16, 8, 4, 2, 1] {
+            let more = k.get(most, &[]).max(k.get(most, &[]).shuffle(mask));
+            k.set(most, &[], more);
+            let less = k.get(least, &[]).min(k.get(least, &[]).shuffle(mask));
+            k.set(least, &[], less);
+        }
+        [most, least].map(|reg| k.get(reg, &[]).index())
+    }
+}
+
+/// What an attention reads and writes: queries `[t, head, column]`, keys and values `[head, slot, column]`, positions, and the
+/// result like the queries.
+///
+/// # Errors
+///
+/// Where the cache lies otherwise.
+pub(super) fn operands(l: &mut Lowering<'_, '_>) -> Result<[BufferId; 5], LowerError> {
+    let view = l.view;
+    let operands = &view.graph[view.values[0]].operands;
+    let stored = |n: usize| storage(view.graph, operands[n]);
+    if [1, 2].iter().any(|&n| view.graph[stored(n)].layout.is_some()) {
+        return Err(view.unsupported("a cache in panels"));
+    }
+    let mut read = |name, n: usize| l.tensor(name, operands[n], Access::Read);
+    let [q, k, v, pos] = [read("q", 0), read("k", 1), read("v", 2), read("pos", 3)];
+    Ok([q, k, v, pos, l.tensor("out", view.values[0], Access::Write)])
+}
+
+/// The rows of a CTA's turn: a tile of those of a KV head.
 pub(super) struct Rows {
     pub shape: Shape,
     pub causal: bool,
-    /// Positions of the step's tokens: `pos[t]`.
-    pos: BufferId,
+    positions: Positions,
     /// Rows of a tile.
     count: usize,
     /// The KV head.
@@ -25,28 +79,35 @@ pub(super) struct Rows {
 }
 
 impl Rows {
-    /// Turns of so many rows that a step has.
-    pub fn turns(shape: &Shape, count: usize) -> Expr {
-        Rows::tiles(shape, count) * shape.kv_heads
-    }
-
-    fn tiles(shape: &Shape, count: usize) -> Expr {
-        (Expr::from(shape.steps) * shape.per_kv + (count - 1)) / count
-    }
-
-    /// The rows of a turn. The last rows see the most keys: they begin first.
-    pub fn of_turn(
-        k: &mut Builder,
+    /// So many rows of a KV head from `first` on.
+    pub fn new(
         shape: Shape,
         causal: bool,
-        pos: BufferId,
+        positions: Positions,
+        count: usize,
+        head: Expr,
+        first: Expr,
+    ) -> Rows {
+        Rows { shape, causal, positions, count, head, first }
+    }
+
+    /// The turn of a grid that has one for each KV head and tile. The last rows see the most keys: they begin first.
+    pub fn of_turn(
+        k: &mut Builder,
+        (shape, causal): (Shape, bool),
+        positions: &Positions,
         count: usize,
         turn: &Expr,
     ) -> Rows {
         let head = k.let_("kv", turn.clone() % shape.kv_heads);
         let last = Rows::tiles(&shape, count) - 1usize;
         let first = k.let_("first", (last - turn.clone() / shape.kv_heads) * count);
-        Rows { shape, causal, pos, count, head, first }
+        Rows::new(shape, causal, positions.clone(), count, head, first)
+    }
+
+    /// Tiles of so many rows that a KV head has.
+    pub fn tiles(shape: &Shape, count: usize) -> Expr {
+        (Expr::from(shape.steps) * shape.per_kv + (count - 1)) / count
     }
 
     fn all(&self) -> Expr {
@@ -75,28 +136,16 @@ impl Rows {
     }
 
     /// The tiles of keys that any row sees, and those that all rows see whole, by all threads of a warp together.
-    pub fn tiles_of_keys(&self, k: &mut Builder, lane: &Expr, keys: usize) -> Ends {
-        let (most, least) =
-            (k.reg("most", i32s(), &[], Some(int(0))), k.reg("least", i32s(), &[], Some(int(i32::MAX))));
-        let to = if self.causal { Expr::from(self.count) } else { Expr::from(self.shape.steps) };
-        k.for_("i", lane.clone(), to, i64::from(WARP), |k, i| {
-            let i = if self.causal { self.place(self.existing(i))[0].clone() } else { i };
-            let at = k.load(self.pos, &[i], 1);
-            let at = k.let_("at", at);
-            let (more, less) = (k.get(most, &[]).max(at.clone()), k.get(least, &[]).min(at));
-            k.set(most, &[], more);
-            k.set(least, &[], less);
-        });
-        for mask in [16, 8, 4, 2, 1] {
-            let more = k.get(most, &[]).max(k.get(most, &[]).shuffle(mask));
-            k.set(most, &[], more);
-            let less = k.get(least, &[]).min(k.get(least, &[]).shuffle(mask));
-            k.set(least, &[], less);
-        }
-        let most = k.let_("last", k.get(most, &[]).index());
+    pub fn tiles_of_keys(&self, k: &mut Builder, keys: usize) -> Ends {
+        let step = |i: Expr| self.place(self.existing(i))[0].clone();
+        let [most, least] = match self.causal {
+            true => self.positions.most_and_least(k, self.count.into(), step),
+            false => self.positions.most_and_least(k, self.shape.steps.into(), |i| i),
+        };
+        let most = k.let_("last", most);
         // Every lane has the same; said so, what is counted by them stays out of the lanes' own registers.
         let end = k.let_("end", (most.clone() / keys + 1usize).uniform());
-        let whole = if self.causal { k.get(least, &[]).index() } else { most.clone() };
+        let whole = if self.causal { least } else { most.clone() };
         let whole = k.let_("whole", ((whole + 1usize) / keys).uniform());
         Ends { most, end, whole }
     }
@@ -104,7 +153,7 @@ impl Rows {
     /// The last key that a row sees.
     fn seen(&self, k: &Builder, i: Expr, ends: &Ends) -> Expr {
         match self.causal {
-            true => k.load(self.pos, &[self.place(self.existing(i))[0].clone()], 1).index(),
+            true => self.positions.at(k, self.place(self.existing(i))[0].clone()).index(),
             false => ends.most.clone(),
         }
     }
@@ -164,6 +213,22 @@ impl Blocks {
         k.set(self.reg, std::slice::from_ref(j), both);
     }
 
+    /// Shows the pairs of a row's `half`, one after another: the first's column, and both.
+    pub fn each_pair(
+        &self,
+        k: &mut Builder,
+        lane: &Expr,
+        count: usize,
+        half: usize,
+        show: impl FnOnce(&mut Builder, Expr, Expr),
+    ) {
+        k.unroll("j", count, |k, j| {
+            let column = k.let_("column", j.clone() * 8usize + lane.clone() % 4usize * 2usize);
+            let pair = self.pair(k, &j, half);
+            show(k, column, pair);
+        });
+    }
+
     /// Multiplies each row by its factor.
     pub fn scale(&self, k: &mut Builder, count: usize, factors: &[Expr; 2]) {
         k.unroll("j", count, |k, j| {
@@ -176,6 +241,19 @@ impl Blocks {
                 self.set_half(k, &j, half, pair);
             }
         });
+    }
+}
+
+/// By what scores are multiplied: `exp2` takes the scale with it; f32 is scaled first, and has an exponential of its own.
+fn factor(scale: f64, fma: bool) -> f64 {
+    if fma { scale } else { scale * std::f64::consts::LOG2_E }
+}
+
+/// What weights relative to the score `old` are multiplied by, to be relative to the higher score `new`.
+pub(super) fn decay(scale: f64, fma: bool, old: Expr, new: Expr) -> Expr {
+    match fma {
+        true => (old - new).unary(Unary::Exp),
+        false => ((old - new) * Expr::f32(factor(scale, fma), 1)).exp2(),
     }
 }
 
@@ -224,8 +302,7 @@ impl Softmax {
     /// Scores to weights relative to the highest score so far. Gives for each row by what to multiply what was summed before.
     pub fn weights(&self, k: &mut Builder, tile: &Expr, masked: bool) -> [Expr; 2] {
         let fma = self.scores.fma;
-        // `exp2` takes the scale with it; f32 is scaled first, and has an exponential of its own.
-        let scale = if fma { self.scale } else { self.scale * std::f64::consts::LOG2_E };
+        let scale = factor(self.scale, fma);
         let blocks = self.keys / 8;
         let first = k.let_("key", tile.clone() * self.keys + self.lane.clone() % 4usize * 2usize);
         [0usize, 1].map(|half| {
@@ -255,11 +332,7 @@ impl Softmax {
             let old = k.let_("old", k.get(self.highest, &[half.into()]));
             let new = k.let_("new", highest.max(old.clone()));
             k.set(self.highest, &[half.into()], new.clone());
-            let shrink = match fma {
-                true => (old - new.clone()).unary(Unary::Exp),
-                false => ((old - new.clone()) * Expr::f32(scale, 1)).exp2(),
-            };
-            let shrink = k.let_("shrink", shrink);
+            let shrink = k.let_("shrink", decay(self.scale, fma, old, new.clone()));
             let from = k.let_("from", if fma { new } else { new * Expr::f32(-scale, 1) });
             let part = k.reg("part", Type::f32(2), &[], Some(Expr::f32(0.0, 2)));
             k.unroll("j", blocks, |k, j| {
@@ -293,5 +366,70 @@ impl Softmax {
     /// The parts of this thread's own.
     pub fn parts(&self, k: &Builder) -> [Expr; 2] {
         [0usize, 1].map(|half| k.get(self.total, &[half.into()]))
+    }
+
+    /// The highest score of a row.
+    pub fn highest(&self, k: &Builder, half: usize) -> Expr {
+        k.get(self.highest, &[half.into()])
+    }
+
+    /// Shows this thread's rows that there are: which half, the token and query head, and the sum of the weights.
+    pub fn each_row(
+        &self,
+        k: &mut Builder,
+        (rows, row): (&Rows, &Expr),
+        mut show: impl FnMut(&mut Builder, usize, [Expr; 2], Expr),
+    ) {
+        for half in 0..2usize {
+            let total = self.total(k, half);
+            let number = k.let_("r", rows.number(row.clone() + 8 * half));
+            k.if_(rows.exists(&number), |k| show(k, half, rows.place(number.clone()), total));
+        }
+    }
+
+    /// Writes this thread's part of its rows: sums, divided by the sum of the weights.
+    pub fn store(&self, k: &mut Builder, at: (&Rows, &Expr), sums: Blocks, out: BufferId) {
+        let d = at.0.shape.d;
+        self.each_row(k, at, |k, half, [t, head], total| {
+            let share = Share::of(k, total, sums.fma);
+            let blocks = d.div_ceil(8);
+            sums.each_pair(k, &self.lane, blocks, half, |k, column, sum| {
+                store_pair(k, out, (d, 8 * blocks), [t, head, column], share.times(sum));
+            });
+        });
+    }
+}
+
+/// One by the sum of a row's weights. f32 is divided; for what is rounded to 16 bits one reciprocal serves the row.
+pub(super) struct Share {
+    total: Expr,
+    reciprocal: bool,
+}
+
+impl Share {
+    pub fn of(k: &mut Builder, total: Expr, fma: bool) -> Share {
+        let total = if fma { total } else { k.let_("share", Expr::f32(1.0, 1) / total) };
+        Share { total, reciprocal: !fma }
+    }
+
+    /// Of two columns.
+    pub fn times(&self, sum: Expr) -> Expr {
+        let total = self.total.clone().splat(2);
+        if self.reciprocal { sum * total } else { sum / total }
+    }
+}
+
+/// Stores two of so many columns of a row, if the head has them.
+pub(super) fn store_pair(
+    k: &mut Builder,
+    out: BufferId,
+    (d, columns): (usize, usize),
+    at: [Expr; 3],
+    share: Expr,
+) {
+    let store = |k: &mut Builder| k.store(out, &at, share);
+    match columns == d {
+        true => store(k),
+        false => k.if_(at[2].clone().compare(Compare::Lt, d), store),
     }
 }

@@ -12,8 +12,7 @@ use crate::dtype::DType;
 use crate::families::access::Lowering;
 use crate::families::attention::{Shape, shape_of};
 use crate::families::gpu::chunk;
-use crate::families::gpu::flash::{operands, store};
-use crate::families::gpu::softmax::{Blocks, Ends, Rows, Softmax};
+use crate::families::gpu::softmax::{Blocks, Ends, Positions, Rows, Softmax, operands};
 use crate::families::{GroupView, LowerError, Lowered};
 use crate::kernel::warpgroup::{Left, MapId, ROW_BYTES, WARPGROUP, Warpgroup};
 use crate::kernel::{BufferId, Builder, Expr, RegId, Type};
@@ -161,6 +160,7 @@ pub fn lower(view: &GroupView<'_>, s: Schedule, gpu: &Gpu) -> Result<Lowered, Lo
     let mut l = Lowering::of_warps(view, WARPS * (1 + s.consumers));
     let [q, k_in, v_in, pos, out] = operands(&mut l)?;
     let warp = l.warp();
+    let positions = Positions { pos, lane: warp.lane.clone() };
     let (columns, panels) = (panel(shape.dtype), shape.d.div_ceil(panel(shape.dtype)));
     let k = &mut l.k;
     let tile = Tile {
@@ -186,10 +186,10 @@ pub fn lower(view: &GroupView<'_>, s: Schedule, gpu: &Gpu) -> Result<Lowered, Lo
                 k.warpgroup(Warpgroup::Pass { id: TURNS.into(), threads: BOTH });
             });
         }
-        k.parallel("turn", Rows::turns(&shape, s.rows()), |k, turn| {
-            let rows = Rows::of_turn(k, shape, causal, pos, s.rows(), &turn);
+        k.parallel("turn", Rows::tiles(&shape, s.rows()) * shape.kv_heads, |k, turn| {
+            let rows = Rows::of_turn(k, (shape, causal), &positions, s.rows(), &turn);
             let before = k.let_("before", k.get(done, &[]));
-            let ends = rows.tiles_of_keys(k, &warp.lane, s.keys);
+            let ends = rows.tiles_of_keys(k, s.keys);
             match &consumer {
                 None => k.if_(warp.lane.clone().compare(Compare::Eq, 0usize), |k| {
                     tile.fetch(k, &rows, &ends, &before);
@@ -216,7 +216,7 @@ pub fn lower(view: &GroupView<'_>, s: Schedule, gpu: &Gpu) -> Result<Lowered, Lo
                         sums: Blocks::new(k, "sums", shape.d / 8, false, Some(0.0)),
                     };
                     group.attend(k, &ends);
-                    store(k, &rows, &group.softmax, group.sums, (&mine, &warp.lane), out);
+                    group.softmax.store(k, (&rows, &mine), group.sums, out);
                 }
             }
             k.set(done, &[], before + ends.end.clone());
@@ -284,7 +284,10 @@ impl Tile {
             k.if_else(column.clone().compare(Compare::Lt, self.shape.d), then, otherwise);
         });
         k.warpgroup(Warpgroup::FenceAsync);
-        meet(k);
+        // Several groups meet before each product anyhow.
+        if self.s.consumers == 1 {
+            meet(k);
+        }
     }
 }
 
