@@ -17,15 +17,16 @@ use llamac::check::{Feed, Subject, results};
 use runtime::emulator::{Fault, Sm};
 
 /// A case for each kind of kernel that synchronises: enough steps to go around its ring, and several turns of a worker.
-const KERNELS: [&str; 10] = [
-    "linear n 1536 k 576 bf16 T 17 of 64",
-    "gated n 1536 k 576 bf16 T 129 of 513",
-    "linear n 576 k 1536 f32 T 17 of 64",
-    "flash d 64 of 3 bf16 T 64 of 64 P 200",
-    "flash d 128 of 4 bf16 T 129 of 513 P 1",
+const KERNELS: [&str; 11] = [
+    "linear n 576 k 1536 f16 T 17 of 64",
+    "linear n 1536 k 576 f32 T 17 of 64",
+    "gated n 576 k 1536 bf16 T 17 of 64",
+    "gated n 1536 k 576 f16 T 129 of 513",
+    "flash d 64 of 7 bf16 T 64 of 64 P 200",
+    "flash d 128 of 4 f16 T 129 of 513 P 1",
     "flash d 64 of 3 f32 T 64 of 64 P 200",
-    "decode d 64 of 3 bf16 T 1 of 1 P 256",
-    "decode d 64 of 3 bf16 T 16 of 16 P 628",
+    "decode d 64 of 4 bf16 T 1 of 1 P 256",
+    "decode d 64 of 4 f16 T 16 of 16 P 628",
     "decode d 128 of 4 f32 T 16 of 16 P 628",
     "greedy choice 576",
 ];
@@ -35,7 +36,7 @@ const STATEMENTS: [&str; 3] = ["bar.sync", "cp.async.wait_group", "cp.async.comm
 
 /// Statements that may go, by kernel and number among those of the kernel, with the reason.
 const REDUNDANT: [(&str, usize, &str); 1] = [(
-    "decode d 64 of 3 bf16 T 1 of 1 P 256",
+    "decode d 64 of 4 bf16 T 1 of 1 P 256",
     6,
     "one step has one tile that compares positions, the last: behind it none is copied",
 )];
