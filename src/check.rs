@@ -34,7 +34,7 @@ pub enum Distribution {
     Normal,
     /// Normal, one in a hundred 100 times as large.
     Outliers,
-    /// Near the subnormal edge: normal times 2^-118 to 2^-133.
+    /// Near the subnormal edge: normal times 2^-118 to 2^-133; in f16 2^-6 to 2^-21.
     Tiny,
     /// Neighbours that cancel but for 1 %.
     Cancelling,
@@ -67,11 +67,12 @@ impl Distribution {
     pub fn tensor(self, rng: &mut Rng, dtype: DType, shape: &[usize]) -> Tensor {
         // Twelve uniform numbers of variance 1/3 have a sum of variance 4.
         let normal = |rng: &mut Rng| (0..12).map(|_| rng.unit()).sum::<f64>() / 2.0;
+        let edge = if dtype == DType::F16 { -6.0 } else { -118.0 };
         let one = |rng: &mut Rng, at: usize| match self {
             Distribution::Normal => normal(rng),
             Distribution::Outliers if rng.below(100) == 0 => 100.0 * normal(rng),
             Distribution::Outliers => normal(rng),
-            Distribution::Tiny => normal(rng) * f64::exp2(-118.0 - rng.below(16) as f64),
+            Distribution::Tiny => normal(rng) * f64::exp2(edge - rng.below(16) as f64),
             Distribution::Cancelling if at.is_multiple_of(2) => 1.0 + 0.01 * normal(rng),
             Distribution::Cancelling => -1.0 + 0.01 * normal(rng),
             // Whole numbers below 128: exact in bf16, and of both signs.

@@ -10,6 +10,7 @@ use ir::dim::{Dim, MAX_SYMBOLS};
 use ir::graph::{Builder, Graph, ValueId};
 use ir::op::{Binary, Compare, Reduction, Unary};
 use ir::random::{MAX_T, Rng, SLOTS, random_graph};
+use std::cmp::Reverse;
 use std::collections::BTreeSet;
 
 /// A graph with the steps that it is tried on.
@@ -139,7 +140,7 @@ pub fn cases() -> Vec<Case> {
 const GPU_ROWS: [(i64, i64); 7] = [(1, 1), (1, 16), (2, 16), (17, 64), (64, 64), (129, 513), (513, 513)];
 
 /// Shapes about the edges of a GPU's tiles: products, each with what may be done around it, and attentions. Every combination,
-/// or as many as it takes for every pair of choices to meet.
+/// each in a dtype and a distribution that are drawn, or as many as it takes for every pair of choices to meet.
 pub fn gpu(all: bool) -> Vec<Case> {
     const SHAPES: [(usize, usize); 5] = [(131, 48), (172, 64), (64, 172), (1536, 576), (576, 1536)];
     const AROUND: [(&str, Build); 5] = [
@@ -149,18 +150,16 @@ pub fn gpu(all: bool) -> Vec<Case> {
         ("gated", gated),
         ("tied", tied),
     ];
-    const DTYPES: [DType; 2] = [DType::BF16, DType::F32];
+    const DTYPES: [DType; 3] = [DType::BF16, DType::F16, DType::F32];
     const HEADS: [usize; 7] = [8, 24, 64, 80, 96, 128, 256];
     const PER_KV: [usize; 4] = [1, 3, 4, 7];
     const PAST: [i64; 4] = [0, 1, 63, 200];
     // Of few rows: about the edges of splits, and behind several.
     const FEW_ROWS: [(i64, i64); 4] = [(1, 1), (1, 16), (2, 16), (16, 16)];
     const LONG: [i64; 5] = [0, 255, 256, 628, 752];
-    let distributions = Distribution::ALL.len();
+    let numbers = [DTYPES.len(), Distribution::ALL.len()];
     let mut cases = Vec::new();
-    for choice in
-        combinations(&[SHAPES.len(), AROUND.len(), GPU_ROWS.len(), DTYPES.len(), distributions], all)
-    {
+    for choice in combinations(&[SHAPES.len(), AROUND.len(), GPU_ROWS.len()], &numbers, all) {
         let [shape, around, rows, dtype, distribution] = choice[..] else {
             unreachable!("as many as asked for")
         };
@@ -182,23 +181,15 @@ pub fn gpu(all: bool) -> Vec<Case> {
             distribution,
         ));
     }
-    for choice in combinations(
-        &[HEADS.len(), PER_KV.len(), GPU_ROWS.len(), PAST.len(), DTYPES.len(), distributions],
-        all,
-    ) {
+    for choice in combinations(&[HEADS.len(), PER_KV.len(), GPU_ROWS.len(), PAST.len()], &numbers, all) {
         let [d, per_kv, rows, past, dtype, distribution] = choice[..] else {
             unreachable!("as many as asked for")
         };
         let ((d, per_kv), ((t, most), past, dtype)) =
             ((HEADS[d], PER_KV[per_kv]), (GPU_ROWS[rows], PAST[past], DTYPES[dtype]));
-        let name = format!("flash d {d} of {per_kv} {dtype} T {t} of {most} P {past}");
-        let b = cached(dtype, (1, per_kv, d), most);
-        cases.push(of_rows(name, b, (t, past), most, distribution));
+        cases.push(flash(dtype, (1, per_kv, d), (t, most), past, distribution));
     }
-    for choice in combinations(
-        &[HEADS.len(), PER_KV.len(), FEW_ROWS.len(), LONG.len(), DTYPES.len(), distributions],
-        all,
-    ) {
+    for choice in combinations(&[HEADS.len(), PER_KV.len(), FEW_ROWS.len(), LONG.len()], &numbers, all) {
         let [d, per_kv, rows, past, dtype, distribution] = choice[..] else {
             unreachable!("as many as asked for")
         };
@@ -208,6 +199,18 @@ pub fn gpu(all: bool) -> Vec<Case> {
         cases.push(of_rows(name, cached(dtype, (2, per_kv, d), most), (t, past), most, distribution));
     }
     cases
+}
+
+/// An attention: `t` tokens of a step of at most `most`, behind `past` positions.
+pub fn flash(
+    dtype: DType,
+    (kv_heads, per_kv, d): (usize, usize, usize),
+    (t, most): (i64, i64),
+    past: i64,
+    distribution: usize,
+) -> Case {
+    let name = format!("flash d {d} of {per_kv} {dtype} T {t} of {most} P {past}");
+    of_rows(name, cached(dtype, (kv_heads, per_kv, d), most), (t, past), most, distribution)
 }
 
 /// An attention over a cache of 768 positions.
@@ -228,29 +231,39 @@ fn of_rows(name: String, b: Builder, step: (i64, i64), most: i64, distribution: 
     Case { name, graph, steps: vec![step], distributions: vec![Distribution::ALL[distribution]] }
 }
 
-/// Choices of one of so many for each place: all, or in order those that bring a pair of choices that none before has.
-fn combinations(counts: &[usize], all: bool) -> Vec<Vec<usize>> {
-    let mut found: Vec<Vec<usize>> = vec![Vec::new()];
-    for &count in counts {
-        found = found.iter().flat_map(|one| (0..count).map(|i| [&one[..], &[i]].concat())).collect();
-    }
+/// Choices of one of so many for each place, of shapes and then of numbers: all of the shapes, with numbers drawn; or in order
+/// those that bring a pair of choices that none before has.
+fn combinations(shapes: &[usize], numbers: &[usize], all: bool) -> Vec<Vec<usize>> {
+    let longer = |found: Vec<Vec<usize>>, &count: &usize| -> Vec<Vec<usize>> {
+        found.iter().flat_map(|one| (0..count).map(|i| [&one[..], &[i]].concat())).collect()
+    };
+    let mut found = shapes.iter().fold(vec![Vec::new()], longer);
     if all {
+        let mut rng = Rng(1);
+        found.iter_mut().for_each(|one| one.extend(numbers.iter().map(|&count| rng.below(count))));
         return found;
     }
+    found = numbers.iter().fold(found, longer);
     let pairs = |one: &[usize]| -> Vec<(usize, usize, usize, usize)> {
         let places = (0..one.len()).flat_map(|b| (0..b).map(move |a| (a, b)));
         places.map(|(a, b)| (a, one[a], b, one[b])).collect()
     };
     let mut missing: BTreeSet<_> = found.iter().flat_map(|one| pairs(one)).collect();
-    let mut taken = Vec::new();
-    // The one with the most new pairs each time, the first of several.
+    let mut taken: Vec<Vec<usize>> = Vec::new();
+    // The one with the most new pairs each time; of several the first whose numbers were taken least.
     while !missing.is_empty() {
         let new = |one: &Vec<usize>| pairs(one).iter().filter(|pair| missing.contains(pair)).count();
-        let best = found.iter().rev().max_by_key(|one| new(one)).expect("there are combinations").clone();
+        let as_before =
+            |one: &Vec<usize>, place: usize| taken.iter().filter(|t| t[place] == one[place]).count();
+        let before = |one: &Vec<usize>| (shapes.len()..one.len()).map(|place| as_before(one, place)).sum();
+        let key = |one: &&Vec<usize>| (new(one), Reverse::<usize>(before(one)));
+        let best = found.iter().rev().max_by_key(key).expect("there are combinations").clone();
         pairs(&best).iter().for_each(|pair| {
             missing.remove(pair);
         });
         taken.push(best);
+        // Of several as good, the next one is to be of other numbers.
+        found.rotate_left(1 + numbers.last().unwrap_or(&0));
     }
     taken
 }

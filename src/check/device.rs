@@ -401,9 +401,10 @@ pub fn encode(dtype: DType, x: f64, out: &mut [u8]) {
     match dtype {
         DType::F32 => out.copy_from_slice(&(x as f32).to_le_bytes()),
         DType::BF16 => out.copy_from_slice(&half::bf16::from_f32(x as f32).to_le_bytes()),
+        DType::F16 => out.copy_from_slice(&half::f16::from_f32(x as f32).to_le_bytes()),
         DType::I32 => out.copy_from_slice(&(x as i32).to_le_bytes()),
         DType::Bool => out[0] = u8::from(x != 0.0),
-        DType::F64 | DType::F16 | DType::I8 | DType::U8 | DType::Block(_) => {
+        DType::F64 | DType::I8 | DType::U8 | DType::Block(_) => {
             unreachable!("no kernel keeps {dtype} in memory")
         }
     }
@@ -418,9 +419,10 @@ pub fn decode(dtype: DType, bytes: &[u8]) -> Vec<f64> {
     let elem = |b: &[u8]| match dtype {
         DType::F32 => f64::from(f32::from_le_bytes([b[0], b[1], b[2], b[3]])),
         DType::BF16 => half::bf16::from_le_bytes([b[0], b[1]]).to_f64(),
+        DType::F16 => half::f16::from_le_bytes([b[0], b[1]]).to_f64(),
         DType::I32 => f64::from(i32::from_le_bytes([b[0], b[1], b[2], b[3]])),
         DType::Bool => f64::from(b[0]),
-        DType::F64 | DType::F16 | DType::I8 | DType::U8 | DType::Block(_) => {
+        DType::F64 | DType::I8 | DType::U8 | DType::Block(_) => {
             unreachable!("no kernel keeps {dtype} in memory")
         }
     };

@@ -23,11 +23,12 @@
 //! policy: `K u Σ abs(a) abs(b)` is `g(K) u_acc s`.
 //!
 //! Dtypes inside, as the families declare them:
-//! * a `dot`'s operand that its own group computes is stored in its dtype: `u_in abs(x)` more;
+//! * a `dot`'s operand that its own group computes is stored in its dtype: `u_in abs(x)` more, in f16 2^-25 more; where that
+//!   may be beyond the dtype's largest number, nothing can be said;
 //! * bf16 products by `vdpbf16ps` take subnormals for zero: 2^-126 for each product, and `2^-126 (abs(a) + abs(b))`;
-//! * attention stores probabilities in the dtype of V: `u_in Σ p abs(v)` more.
+//! * attention stores probabilities in the dtype of V: `u_in Σ p abs(v)` more, in f16 `2^-25 Σ abs(v)` more.
 
-use super::{Expected, function_ulp};
+use super::{Expected, function_ulp, near_zero};
 use ir::DType;
 use ir::Graph;
 use ir::dim::MAX_SYMBOLS;
@@ -309,15 +310,25 @@ fn reduced(
     Ok(Errors { hard: bound(|e| &e.hard, length)?, typical: bound(|e| &e.typical, length.sqrt())? })
 }
 
+/// What storing inside costs near zero. What bf16 loses there, products lose too: its bounds have it already.
+fn lost(dtype: DType) -> f64 {
+    if dtype == DType::F16 { near_zero(dtype) } else { 0.0 }
+}
+
 /// An operand as a product reads it: what its own group computes is stored in its dtype before.
 fn in_memory(x: &Known, inside: bool) -> Known {
-    let u = if x.exact.dtype == DType::F32 { 0.0 } else { x.exact.dtype.roundoff() };
+    let dtype = x.exact.dtype;
+    let u = if dtype == DType::F32 { 0.0 } else { dtype.roundoff() };
     if !inside || u == 0.0 {
         return x.clone();
     }
     let round = |pick: fn(&Errors) -> &Vec<f64>| {
         let bounds = x.bounds(pick);
-        bounds.data.iter().zip(&x.exact.data).map(|(h, x)| h + u * (x.abs() + h)).collect()
+        let stored = |(h, size): (&f64, f64)| match dtype.round(size + h).is_finite() {
+            true => h + u * (size + h) + lost(dtype),
+            false => f64::INFINITY,
+        };
+        bounds.data.iter().zip(x.exact.data.iter().map(|x| x.abs())).map(stored).collect()
     };
     let errors = Some(Errors { hard: round(|e| &e.hard), typical: round(|e| &e.typical) });
     Known { exact: x.exact.clone(), errors }
@@ -374,8 +385,9 @@ fn attention(operands: &[Known], causal: bool, scale: f64) -> Errors {
     let &[kv_heads, slots, _] = &k.shape[..] else { panic!("a cache has three axes") };
     let newest = pos.data.iter().copied().fold(f64::NEG_INFINITY, f64::max);
     let bf16 = q.dtype == DType::BF16;
-    let u_in = if bf16 { q.dtype.roundoff() } else { 0.0 };
+    let u_in = if q.dtype == DType::F32 { 0.0 } else { q.dtype.roundoff() };
     let floor = if bf16 { NORMAL } else { 2.0 * ETA };
+    let lost = lost(q.dtype);
     let mut errors = Errors { hard: Vec::new(), typical: Vec::new() };
     for t in 0..tokens {
         let last = if causal { pos.data[t] } else { newest };
@@ -411,7 +423,8 @@ fn attention(operands: &[Known], causal: bool, scale: f64) -> Errors {
                     for (column, v) in columns.iter_mut().zip(&v.data[row(slot)..][..d]) {
                         column.0 += p * v;
                         column.1 += p * v.abs();
-                        column.2 += (p_error + u_in * (p + p_error)) * v.abs() + floor * (2.0 + v.abs() + p);
+                        column.2 +=
+                            (p_error + u_in * (p + p_error) + lost) * v.abs() + floor * (2.0 + v.abs() + p);
                     }
                 }
                 sum_error += grown(seen as f64) * U * (sum + sum_error);

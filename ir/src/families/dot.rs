@@ -110,7 +110,7 @@ pub fn is_linear(graph: &crate::Graph, id: ValueId) -> Option<ValueId> {
         _ => false,
     };
     let shape = &graph[weight].ty.shape;
-    let float = matches!(graph[weight].ty.dtype, DType::F32 | DType::BF16);
+    let float = matches!(graph[weight].ty.dtype, DType::F32 | DType::BF16 | DType::F16);
     let constant = shape.iter().all(|d| d.constant().is_some());
     (form && float && constant && matches!(graph[weight].op, Op::Weight { .. })).then_some(weight)
 }
@@ -255,14 +255,22 @@ pub fn packs(view: &GroupView<'_>, group: &DotGroup) -> Vec<Pack> {
     group.segments.iter().enumerate().map(pack).collect()
 }
 
+/// A group whose products a CPU has instructions for.
+fn covered(view: &GroupView<'_>) -> Result<DotGroup, LowerError> {
+    match analyse(view)? {
+        group if group.dtype == DType::F16 => Err(view.unsupported("products in f16")),
+        group => Ok(group),
+    }
+}
+
 /// Register tiles that a machine can hold, best first by the model: loads for each multiplication, and how evenly
 /// panels fall on tiles and on two, four and eight workers.
 ///
 /// # Errors
 ///
-/// As [`analyse`].
+/// As [`analyse`], and for products in f16.
 pub fn candidates(view: &GroupView<'_>, vectors: &Vectors) -> Result<Vec<Candidate>, LowerError> {
-    let group = analyse(view)?;
+    let group = covered(view)?;
     let streams = group.segments.iter().map(|s| s.streams.len()).max().unwrap_or(1);
     let one_row = group.m.constant() == Some(1);
     let words = group.k.div_ceil(word(group.dtype));
@@ -344,9 +352,9 @@ fn group_cost(group: &DotGroup, schedule: DotSchedule, wide: usize) -> f64 {
 ///
 /// # Errors
 ///
-/// As [`analyse`]; and where the schedule does not fit.
+/// As [`candidates`], and where the schedule does not fit.
 pub fn lower(view: &GroupView<'_>, vectors: &Vectors) -> Result<Lowered, LowerError> {
-    let group = analyse(view)?;
+    let group = covered(view)?;
     let text = match &view.graph.groups[view.id.0 as usize].schedule {
         Some(text) => text.clone(),
         None => candidates(view, vectors)?.swap_remove(0).schedule,

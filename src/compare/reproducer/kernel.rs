@@ -263,7 +263,7 @@ fn is_bound(op: &Op) -> bool {
 
 /// Dtypes that kernels keep in memory.
 fn is_kept(dtype: DType) -> bool {
-    matches!(dtype, DType::F32 | DType::BF16 | DType::I32 | DType::Bool)
+    matches!(dtype, DType::F32 | DType::BF16 | DType::F16 | DType::I32 | DType::Bool)
 }
 
 /// # Panics
@@ -273,9 +273,10 @@ fn file_dtype(dtype: DType) -> Dtype {
     match dtype {
         DType::F32 => Dtype::F32,
         DType::BF16 => Dtype::BF16,
+        DType::F16 => Dtype::F16,
         DType::I32 => Dtype::I32,
         DType::Bool => Dtype::BOOL,
-        DType::F64 | DType::F16 | DType::I8 | DType::U8 | DType::Block(_) => {
+        DType::F64 | DType::I8 | DType::U8 | DType::Block(_) => {
             unreachable!("no kernel keeps {dtype} in memory")
         }
     }
