@@ -22,7 +22,7 @@ use crate::device::{self, Device, DeviceError, Program, State, Step, StepOutputs
 use crate::gpu::{self, Form, GpuCode};
 use crate::manifest::{Manifest, TargetCode};
 use context::{Buffer, Context, Event, Image, Module};
-use driver::{Driver, Failure, Gpu};
+use driver::{Driver, Failure, Gpu, Version};
 use ir::plan::{Entry, Place, Plan};
 use std::borrow::Cow;
 use std::cell::RefCell;
@@ -65,6 +65,20 @@ impl Cuda {
     /// Which it is.
     pub fn gpu(&self) -> &Gpu {
         &self.gpu
+    }
+
+    /// The version of CUDA that the driver has.
+    pub fn version(&self) -> Version {
+        self.driver.version
+    }
+
+    /// The GPU, ready for who launches kernels of his own.
+    ///
+    /// # Errors
+    ///
+    /// What the driver says.
+    pub fn context(&self) -> Result<Arc<Context>, DeviceError> {
+        Ok(Context::open(self.driver, self.gpu.clone())?)
     }
 
     /// As [`Device::load`], for who wants what only this device's program can do.

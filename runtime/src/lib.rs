@@ -15,6 +15,7 @@
 //! * [`meter`]: how fast this machine can read and multiply, which is what speeds are measured against.
 //! * [`ptx`]: PTX text as a typed module: every instruction that kernels use, by name; [`emulator`] runs it, and says what
 //!   is wrong with it.
+//! * [`conformance`]: each instruction alone, on the emulator and on a GPU, judged by what the PTX ISA says.
 //! * [`sample`]: the next token from logits.
 //! * [`text`]: text from the bytes of tokens, as they come.
 //! * [`generate`]: the loop over all of these.
@@ -23,6 +24,7 @@
 
 pub mod artifact;
 pub mod code;
+pub mod conformance;
 pub mod cpu;
 pub mod cuda;
 pub mod device;

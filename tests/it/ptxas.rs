@@ -18,6 +18,7 @@ pub fn trials() -> Vec<Trial> {
     vec![
         test("ptxas checks can fail", checks_can_fail),
         test("ptxas makes a cubin", cubin),
+        test("ptxas takes every form of an instruction", forms),
         test("ptxas is said to be missing", missing),
         test("ptxas warns of spills", spills),
     ]
@@ -41,6 +42,23 @@ fn assemblers(name: &str) -> Checked<Vec<Program>> {
         .into()),
         None => Ok(found),
     }
+}
+
+/// The kernels of the conformance suite, all in one module.
+fn forms(name: &str) -> Checked<()> {
+    let mut module = String::new();
+    for (number, form) in runtime::conformance::forms().iter().enumerate() {
+        let ptx = form.ptx();
+        let (head, kernel) = ptx.split_once(".visible .entry k(").ok_or("no kernel")?;
+        if number == 0 {
+            module += head;
+        }
+        module += &format!("// {}\n.visible .entry k{number}({kernel}", form.name);
+    }
+    for ptxas in assemblers(name)? {
+        clean(&ptxas, &module, "sm_80").map_err(|e| format!("{e}\n{module}"))?;
+    }
+    Ok(())
 }
 
 /// Assembles PTX: nothing is spilled or kept on a stack.

@@ -2,9 +2,10 @@
 //!
 //! The model: `logits = table[token of each position so far], summed, + table`; the greedy choice is the position.
 
-use super::driver::{NoDriver, Version, is_out_of_memory, is_sticky};
+use super::driver::{NoDriver, is_out_of_memory, is_sticky};
 use super::*;
 use crate::artifact::ArtifactWriter;
+use crate::conformance::{self, Machine};
 use crate::device::feed;
 use crate::manifest::GPU_WEIGHTS;
 use fake::with;
@@ -348,6 +349,20 @@ fn gpus_are_refused_by_number_and_by_age() {
         said.ends_with("compute capability 7.5, 1.0 GiB: compute capability 8.0 or later is needed"),
         "{said}"
     );
+}
+
+#[test]
+fn forms_of_instructions_run_by_the_driver() {
+    let machine = Machine::Gpu(cuda().context().unwrap());
+    for form in conformance::forms() {
+        let results = machine.run(&form).unwrap();
+        assert_eq!(conformance::judge(&form, &results), []);
+    }
+    // What the driver refuses is the form's fault, and says so.
+    let form = conformance::forms().swap_remove(0);
+    with(|fake| fake.fault = Some(("cuModuleLoadDataEx", 0, 218)));
+    let said = machine.run(&form).unwrap_err().to_string();
+    assert!(said.starts_with(&form.name) && said.contains("CUDA_ERROR_INVALID_PTX"), "{said}");
 }
 
 #[test]
