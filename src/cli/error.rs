@@ -200,6 +200,12 @@ pub enum CliError {
         /// How many.
         wrong: usize,
     },
+    /// Instructions that give something else than the PTX ISA says.
+    #[error("{wrong} forms of instructions are wrong")]
+    NonConforming {
+        /// How many.
+        wrong: usize,
+    },
     /// `check` could not go on.
     #[cfg(feature = "compiler")]
     #[error(transparent)]
@@ -273,7 +279,9 @@ impl CliError {
             CliError::Read { .. } => Exit::Usage,
             CliError::Write(error) => write(error),
             CliError::Output(source) => write_failed(source),
-            CliError::AboveCeiling { .. } | CliError::Unequal { .. } => Exit::Mismatch,
+            CliError::AboveCeiling { .. } | CliError::Unequal { .. } | CliError::NonConforming { .. } => {
+                Exit::Mismatch
+            }
             #[cfg(feature = "compiler")]
             CliError::Wrong { .. } => Exit::Mismatch,
             #[cfg(feature = "compiler")]
@@ -392,7 +400,9 @@ impl CliError {
             CliError::Read { file, .. } => Facts::default().file(file),
             CliError::Write(error) => write_facts(error),
             CliError::AboveCeiling { found, .. } => Facts::of(format!("{found:.1} %"), "at most 100 %"),
-            CliError::Unequal { .. } | CliError::Output(_) => Facts::default(),
+            CliError::Unequal { .. } | CliError::NonConforming { .. } | CliError::Output(_) => {
+                Facts::default()
+            }
             #[cfg(feature = "compiler")]
             CliError::Wrong { .. } | CliError::Walk(_) => Facts::default(),
             #[cfg(feature = "compiler")]
