@@ -7,7 +7,9 @@ use super::*;
 use crate::artifact::ArtifactWriter;
 use crate::conformance::{self, Machine};
 use crate::device::feed;
+use crate::emulator::{Sm, Sums};
 use crate::manifest::GPU_WEIGHTS;
+use crate::ptx_emulator::PtxEmulator;
 use fake::with;
 use ir::plan;
 use libloading::Library;
@@ -349,6 +351,22 @@ fn gpus_are_refused_by_number_and_by_age() {
         said.ends_with("compute capability 7.5, 1.0 GiB: compute capability 8.0 or later is needed"),
         "{said}"
     );
+}
+
+#[test]
+fn weights_are_made_from_a_seed() {
+    let folder = tempfile::tempdir().unwrap();
+    let artifact = artifact(folder.path(), &[]);
+    let logits = |program: &mut dyn Program| {
+        let mut state = program.state().unwrap();
+        feed(program, &[3, 1, 4], None, Want::Logits, &mut state).unwrap().logits
+    };
+    let emulator = |seed| {
+        let device = PtxEmulator { sm: Sm::Sm80, seed: 0, sums: Sums::default() };
+        logits(&mut device.open_filled(&artifact, seed).unwrap())
+    };
+    let filled = logits(&mut cuda().open_filled(&artifact, 7).unwrap());
+    assert!(filled == emulator(7) && filled != emulator(8) && filled.iter().all(|x| x.is_finite()));
 }
 
 #[test]
