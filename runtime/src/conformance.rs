@@ -9,7 +9,7 @@
 //! judged by the same oracle, and compared with the emulator's, bit for bit where there is one right answer.
 //!
 //! In reading order: this file, `inputs` (operands), `oracle` (what numbers may come out), `lane` (instructions that each lane
-//! does for itself), `warp` (shuffles, votes, matrix products), `memory` (copies, atomics, barriers), `record`.
+//! does for itself), `warp` (shuffles, votes, matrix products), `memory` (copies, atomics, barriers), `warpgroup` (`wgmma`), `record`.
 
 mod inputs;
 mod lane;
@@ -17,12 +17,13 @@ mod memory;
 mod oracle;
 pub mod record;
 mod warp;
+mod warpgroup;
 
 pub use oracle::Expected;
 
 use crate::cuda::context::{Buffer, Context, Image, Module};
 use crate::device::DeviceError;
-use crate::emulator::{self, Grid, Memory, Options, Report};
+use crate::emulator::{self, Grid, Memory, Options, Report, Sm};
 use crate::gpu::Call;
 use crate::ptx::{self, PtxError, Type};
 use std::fmt::Write as _;
@@ -36,6 +37,8 @@ use std::sync::Arc;
 pub struct Form {
     /// The instruction without its operands, and what is special about this use of it. No two forms have the same.
     pub name: String,
+    /// The machine that has it, and what came after.
+    pub sm: Sm,
     /// What the kernel does between loading its operands and storing its results.
     pub body: String,
     /// Types of the operands.
@@ -57,6 +60,7 @@ pub fn forms() -> Vec<Form> {
     let mut forms = lane::forms();
     forms.extend(warp::forms());
     forms.extend(memory::forms());
+    forms.extend(warpgroup::forms());
     forms
 }
 
@@ -79,6 +83,7 @@ impl Form {
     ) -> Form {
         Form {
             name: name.to_string(),
+            sm: Sm::Sm80,
             body: body.to_string(),
             takes: takes.to_vec(),
             gives: gives.to_vec(),
@@ -97,11 +102,14 @@ impl Form {
     /// The kernel, as a module.
     pub fn ptx(&self) -> String {
         let (operands, results) = (SLOT_BYTES * self.takes.len(), SLOT_BYTES * self.gives.len());
-        let mut text = String::from(
-            ".version 7.4\n.target sm_80\n.address_size 64\n.extern .shared .align 16 .b8 smem[];\n\
-             .visible .entry k(.param .u64 from, .param .u64 to)\n{\n\
+        // The lowest version that each machine needs here.
+        let version = if self.sm == Sm::Sm90a { "8.0" } else { "7.4" };
+        let mut text = format!(
+            ".version {version}\n.target {}\n.address_size 64\n.extern .shared .align 1024 .b8 smem[];\n\
+             .visible .entry k(.param .u64 from, .param .u64 to)\n{{\n\
              \t.reg .pred %p<8>;\n\t.reg .b32 %r<8>;\n\t.reg .b64 %l<4>;\n\
              \t.reg .b32 %t;\n\t.reg .b32 %i;\n\t.reg .b64 %from;\n\t.reg .b64 %to;\n",
+            self.sm.name()
         );
         let mut line = |line: String| writeln!(text, "\t{line}").expect("a string takes everything");
         for (name, types) in [("a", &self.takes), ("d", &self.gives)] {
@@ -185,6 +193,20 @@ pub enum RunError {
 }
 
 impl Machine {
+    /// Has it the instruction of a form?
+    pub fn takes(&self, form: &Form) -> bool {
+        let capability = match self {
+            Machine::Emulator(options) => options.sm.capability(),
+            Machine::Gpu(context) => context.gpu.capability,
+        };
+        // What an `a` architecture has, no other does.
+        if form.sm == Sm::Sm90a {
+            capability == form.sm.capability()
+        } else {
+            capability >= form.sm.capability()
+        }
+    }
+
     /// Runs a form: its results, in the order of [`Form::expected`].
     ///
     /// # Errors

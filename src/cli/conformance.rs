@@ -68,11 +68,12 @@ fn emulator(sm: Sm) -> Machine {
 
 /// Runs every form, judges it, and records what came out.
 pub fn conformance(options: &FormOptions, screen: &Screen) -> Result<(), CliError> {
-    let forms: Vec<Form> = forms().into_iter().filter(|form| form.name.contains(&options.filter)).collect();
+    let Named { machine, device, driver } = named(options)?;
+    let fits = |form: &Form| machine.takes(form) && form.name.contains(&options.filter);
+    let forms: Vec<Form> = forms().into_iter().filter(fits).collect();
     if forms.is_empty() {
         return Err(CliError::Usage(format!("no form has `{}` in its name", options.filter)));
     }
-    let Named { machine, device, driver } = named(options)?;
     let (mut wrong, mut wrong_forms, mut results, mut alike) = (Vec::new(), 0, 0, 0);
     let mut recorded = BTreeMap::new();
     for form in &forms {
@@ -89,7 +90,7 @@ pub fn conformance(options: &FormOptions, screen: &Screen) -> Result<(), CliErro
         wrong.extend(judged.iter().map(ToString::to_string));
         results += found.len();
         // What the ISA leaves open, the emulator may do in another way: how often is worth knowing.
-        let emulated = emulator(Sm::Sm80).run(form).unwrap_or_default();
+        let emulated = emulator(form.sm).run(form).unwrap_or_default();
         alike += emulated.iter().zip(&found).filter(|(emulated, found)| emulated == found).count();
         recorded.insert(form.name.clone(), Recorded::new(form, &found));
     }

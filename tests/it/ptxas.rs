@@ -8,6 +8,7 @@ use super::skipped::skip;
 use codegen::nvptx::Architecture;
 use codegen::ptxas::{Cubin, Program, Tool, assemble, disassemble};
 use libtest_mimic::Trial;
+use runtime::emulator::Sm;
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 
@@ -46,17 +47,20 @@ fn assemblers(name: &str) -> Checked<Vec<Program>> {
 
 /// The kernels of the conformance suite, all in one module.
 fn forms(name: &str) -> Checked<()> {
-    let mut module = String::new();
-    for (number, form) in runtime::conformance::forms().iter().enumerate() {
-        let ptx = form.ptx();
-        let (head, kernel) = ptx.split_once(".visible .entry k(").ok_or("no kernel")?;
-        if number == 0 {
-            module += head;
+    for sm in [Sm::Sm80, Sm::Sm90a] {
+        let mut module = String::new();
+        let forms = runtime::conformance::forms();
+        for (number, form) in forms.iter().filter(|form| form.sm == sm).enumerate() {
+            let ptx = form.ptx();
+            let (head, kernel) = ptx.split_once(".visible .entry k(").ok_or("no kernel")?;
+            if number == 0 {
+                module += head;
+            }
+            module += &format!("// {}\n.visible .entry k{number}({kernel}", form.name);
         }
-        module += &format!("// {}\n.visible .entry k{number}({kernel}", form.name);
-    }
-    for ptxas in assemblers(name)? {
-        clean(&ptxas, &module, "sm_80").map_err(|e| format!("{e}\n{module}"))?;
+        for ptxas in assemblers(name)? {
+            clean(&ptxas, &module, sm.name()).map_err(|e| format!("{e}\n{module}"))?;
+        }
     }
     Ok(())
 }

@@ -249,7 +249,7 @@ const PRODUCTS: &[Product] = &[
 /// Row and column of element `i` of A in a lane, as the figures of the ISA have it ("Matrix Fragments for mma.m16n8k8",
 /// "...k16", "...k32"): of 16-bit elements a0 a1 are in the lane's row, a2 a3 eight rows below; of 8-bit elements a0 to a3 and
 /// a4 to a7. The next as many have their columns in the other half.
-fn place_a(k: usize, bits: u32, lane: usize, i: usize) -> (usize, usize) {
+pub(super) fn place_a(k: usize, bits: u32, lane: usize, i: usize) -> (usize, usize) {
     let (group, thread) = (lane >> 2, lane % 4);
     match (bits, k) {
         (16, 8) => (if i < 2 { group } else { group + 8 }, thread * 2 + (i & 1)),
@@ -344,7 +344,7 @@ fn product(&Product(k, a_ty, b_ty, sum): &Product) -> Form {
 }
 
 /// An element of a matrix: small, or a float of exponents from -6 to 6.
-fn element(ty: Type, small: bool, random: &mut Random) -> u64 {
+pub(super) fn element(ty: Type, small: bool, random: &mut Random) -> u64 {
     // Exponent's bias and digits of the fraction.
     let (bias, digits) = match ty {
         F16 => (15, 10),
@@ -363,10 +363,10 @@ fn element(ty: Type, small: bool, random: &mut Random) -> u64 {
 }
 
 /// Elements of matrices are integers in units of its inverse: 29 bits are the last that an f32 of the least exponent has.
-const UNIT: f64 = (1u64 << 29) as f64;
+pub(super) const UNIT: f64 = (1u64 << 29) as f64;
 
 /// An element's value: of a float in units, of an integer as it is.
-fn number(ty: Type, bits: u64) -> i128 {
+pub(super) fn number(ty: Type, bits: u64) -> i128 {
     match ty {
         S8 => i128::from(bits as i8),
         U8 => i128::from(bits as u8),
@@ -380,7 +380,7 @@ fn number(ty: Type, bits: u64) -> i128 {
 ///
 /// A tensor core aligns the terms of a block to the largest and cuts off what lies below its last digit: each term and each
 /// block's sum loses at most 2^-22 of `all`. Where all terms are small integers nothing is lost.
-fn sum_near(ty: Type, exact: f64, all: f64, k: usize) -> Expected {
+pub(super) fn sum_near(ty: Type, exact: f64, all: f64, k: usize) -> Expected {
     let whole = exact.fract() == 0.0 && all < 1024.0;
     let error = if whole { 0.0 } else { (k + 4) as f64 * 2f64.powi(-22) * all };
     match exact == 0.0 {

@@ -372,7 +372,7 @@ fn weights_are_made_from_a_seed() {
 #[test]
 fn forms_of_instructions_run_by_the_driver() {
     let machine = Machine::Gpu(cuda().context().unwrap());
-    for form in conformance::forms() {
+    for form in conformance::forms().into_iter().filter(|form| machine.takes(form)) {
         let results = machine.run(&form).unwrap();
         assert_eq!(conformance::judge(&form, &results), []);
     }
