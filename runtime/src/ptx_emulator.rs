@@ -51,7 +51,8 @@ impl PtxEmulator {
         EmulatedProgram::load(artifact, *self, Some(seed))
     }
 
-    fn options(&self) -> Options {
+    /// What its launches depend on.
+    pub fn options(&self) -> Options {
         Options { sm: self.sm, seed: self.seed, sums: self.sums }
     }
 
