@@ -2,16 +2,16 @@
 //!
 //! * [`cases`]: the table of graphs that every walk goes through; [`Distribution`]: the numbers that they are fed.
 //! * [`Subject`]: a graph after all passes, of which each group is lowered with any of its schedules.
-//! * [`device`]: where a launch runs; [`memory`]: tensors as a kernel's parameters hold them.
+//! * [`device`]: where a launch runs.
 //! * [`walk`]: cases times schedules, shapes, distributions and devices.
 //!
 //! What counts as right is [`crate::judge`]'s to say.
 
 pub mod cases;
 pub mod device;
-pub mod memory;
 pub mod walk;
 
+use crate::compare::memory;
 use crate::judge::group::expect;
 use crate::judge::{Expected, Mismatch, Shares};
 use device::{Device, Held, LaunchError};

@@ -11,6 +11,7 @@
 mod bench;
 mod ceilings;
 mod completions;
+mod conformance;
 mod device;
 mod doctor;
 mod error;
@@ -144,9 +145,9 @@ enum Verb {
     #[cfg(not(feature = "compiler"))]
     #[command(hide = true)]
     Emit(WithoutCompiler),
+    /// Judge instructions of GPUs one by one (`--conformance`); kernels need the compiler
     #[cfg(not(feature = "compiler"))]
-    #[command(hide = true)]
-    Check(WithoutCompiler),
+    Check(conformance::FormOptions),
     #[cfg(not(feature = "compiler"))]
     #[command(hide = true)]
     Compare(WithoutCompiler),
@@ -220,7 +221,9 @@ fn dispatch(verb: Verb, screen: &Screen) -> Result<ExitCode, CliError> {
         #[cfg(not(feature = "compiler"))]
         Verb::Emit(_) => Err(CliError::NoCompiler { what: "emit".into() }),
         #[cfg(not(feature = "compiler"))]
-        Verb::Check(_) => Err(CliError::NoCompiler { what: "check".into() }),
+        Verb::Check(options) if options.conformance => conformance::conformance(&options, screen),
+        #[cfg(not(feature = "compiler"))]
+        Verb::Check(_) => Err(CliError::NoCompiler { what: "check of kernels".into() }),
         #[cfg(not(feature = "compiler"))]
         Verb::Compare(_) => Err(CliError::NoCompiler { what: "compare".into() }),
     }

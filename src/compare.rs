@@ -2,7 +2,7 @@
 //!
 //! * [`weights`]: the graph and each packed weight of an artifact, bit for bit against the checkpoint.
 //! * [`ops`] (feature `compiler`): each launch, on what the program itself fed it.
-//! * [`stored`] (feature `compiler`): what a launch has left in memory, value by value.
+//! * [`stored`]: what a launch has left in memory, value by value; [`memory`]: tensors as a kernel's parameters hold them.
 //! * [`trace`] (feature `compiler`): what each launch stores, as a text for other machines, and where two of them part.
 //! * [`reproducer`] (feature `compiler`): a fault in a folder, and that shown again.
 //! * [`layers`] (feature `compiler`): what each layer gives, and what each module of a reference does.
@@ -13,11 +13,11 @@
 #[cfg(feature = "compiler")]
 pub mod layers;
 pub mod logits;
+pub mod memory;
 #[cfg(feature = "compiler")]
 pub mod ops;
 #[cfg(feature = "compiler")]
 pub mod reproducer;
-#[cfg(feature = "compiler")]
 pub mod stored;
 #[cfg(feature = "compiler")]
 pub mod trace;

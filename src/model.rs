@@ -1,11 +1,11 @@
-//! The MODEL argument of every verb: a directory, a GGUF file, an artifact, `preset:NAME` or `builtin`.
+//! The MODEL argument of every verb: a directory, a GGUF file, an artifact, `preset:NAME`, a `config.json` or `builtin`.
 
 use crate::tune::table::{Choices, Table};
 use models::{Checkpoint, Config, ReadError};
 use runtime::artifact::{Artifact, ArtifactError, MAGIC};
 use runtime::manifest::{CHAT_TEMPLATE, Manifest, TOKENIZER, TUNING};
 use runtime::map::{FileBytes, MapError, map_file};
-use std::fs::File;
+use std::fs::{self, File};
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -16,7 +16,7 @@ pub enum Model {
     Checkpoint(Box<Checkpoint>),
     /// Compiled.
     Artifact(Box<Artifact>),
-    /// A published shape without weights.
+    /// A shape without weights: a published one, or that of a `config.json` alone.
     Preset(Box<Config>),
 }
 
@@ -60,6 +60,11 @@ impl Model {
         let path = Path::new(argument);
         if path.extension().is_some_and(|e| e == "llamac") || begins_as_artifact(path) {
             return Ok(Model::Artifact(Box::new(Artifact::open(path)?)));
+        }
+        if path.extension().is_some_and(|e| e == "json") {
+            let io = |source| ReadError::Io { file: path.to_path_buf(), source };
+            let text = fs::read_to_string(path).map_err(io)?;
+            return Ok(Model::Preset(Box::new(Config::from_hf_json(&text, path)?.0)));
         }
         Ok(Model::Checkpoint(Box::new(Checkpoint::open(path, &mapped)?)))
     }

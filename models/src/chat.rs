@@ -6,6 +6,7 @@
 use std::io;
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use crate::date::{DAY_SECONDS, civil};
 use minijinja::value::{Kwargs, Value, ValueKind};
 use minijinja::{AutoEscape, Environment, ErrorKind, Output, State, context, escape_formatter};
 use serde::Serialize;
@@ -152,7 +153,7 @@ fn strftime(format: &str, now: SystemTime) -> Result<String, minijinja::Error> {
     // 1970-01-01 was a Thursday.
     const DAYS: [&str; 7] = ["Thursday", "Friday", "Saturday", "Sunday", "Monday", "Tuesday", "Wednesday"];
     let seconds = now.duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
-    let (days, second) = (seconds / 86_400, seconds % 86_400);
+    let (days, second) = (seconds / DAY_SECONDS, seconds % DAY_SECONDS);
     let (year, month, day) = civil(days);
     let (month_name, day_name) = (MONTHS[month as usize - 1], DAYS[days as usize % 7]);
     let mut text = String::new();
@@ -185,19 +186,6 @@ fn strftime(format: &str, now: SystemTime) -> Result<String, minijinja::Error> {
         };
     }
     Ok(text)
-}
-
-/// Year, month and day of a day counted from 1970-01-01 (Hinnant, *chrono-Compatible Low-Level Date Algorithms*,
-/// `civil_from_days`: years begin in March, eras have 400 years).
-fn civil(days: u64) -> (u64, u64, u64) {
-    let days = days + 719_468; // from 0000-03-01
-    let (era, day_of_era) = (days / 146_097, days % 146_097);
-    let year = (day_of_era - day_of_era / 1_460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
-    let day_of_year = day_of_era - (365 * year + year / 4 - year / 100);
-    let month = (5 * day_of_year + 2) / 153;
-    let day = day_of_year - (153 * month + 2) / 5 + 1;
-    let month = if month < 10 { month + 3 } else { month - 9 };
-    (era * 400 + year + u64::from(month <= 2), month, day)
 }
 
 #[cfg(test)]

@@ -5,7 +5,7 @@
 //!   [`safetensors`] and [`dequant`] what lies inside.
 //! * [`tokenizer`]: text to ids and back; [`tokenizer_json`] and [`sentencepiece`] bring other forms to
 //!   the one that is run. [`chat`]: chat templates.
-//! * [`error`]: why a checkpoint cannot be read.
+//! * [`date`]: days by their dates. [`error`]: why a checkpoint cannot be read.
 //!
 //! Readers take bytes: who maps files is the caller, and nothing here is `unsafe`. Whatever a file holds gives a
 //! typed error at worst: sizes are checked before they are added, multiplied or allocated.
@@ -15,6 +15,7 @@
 pub mod chat;
 pub mod checkpoint;
 pub mod config;
+pub mod date;
 pub mod dequant;
 pub mod error;
 pub mod gguf;

@@ -19,10 +19,11 @@ mod tests;
 use crate::artifact::Artifact;
 use crate::cpu::weights_of;
 use crate::device::{self, Device, DeviceError, Program, State, Step, StepOutputs, Tap, Tapped, Want};
+use crate::fill::{self, Fill};
 use crate::gpu::{self, Form, GpuCode};
 use crate::manifest::{Manifest, TargetCode};
 use context::{Buffer, Context, Event, Image, Module};
-use driver::{Driver, Failure, Gpu};
+use driver::{Driver, Failure, Gpu, Version};
 use ir::plan::{Entry, Place, Plan};
 use std::borrow::Cow;
 use std::cell::RefCell;
@@ -67,13 +68,36 @@ impl Cuda {
         &self.gpu
     }
 
+    /// The version of CUDA that the driver has.
+    pub fn version(&self) -> Version {
+        self.driver.version
+    }
+
+    /// The GPU, ready for who launches kernels of his own.
+    ///
+    /// # Errors
+    ///
+    /// What the driver says.
+    pub fn context(&self) -> Result<Arc<Context>, DeviceError> {
+        Ok(Context::open(self.driver, self.gpu.clone())?)
+    }
+
     /// As [`Device::load`], for who wants what only this device's program can do.
     ///
     /// # Errors
     ///
     /// As [`Device::load`].
     pub fn open(&self, artifact: &Artifact) -> Result<CudaProgram, DeviceError> {
-        CudaProgram::load(artifact, self)
+        CudaProgram::load(artifact, self, None)
+    }
+
+    /// As [`Cuda::open`], with weights that the GPU makes from a seed: also of an artifact that has none.
+    ///
+    /// # Errors
+    ///
+    /// As [`Device::load`].
+    pub fn open_filled(&self, artifact: &Artifact, seed: u64) -> Result<CudaProgram, DeviceError> {
+        CudaProgram::load(artifact, self, Some(seed))
     }
 }
 
@@ -126,7 +150,7 @@ fn check_room(needed: u64, available: u64) -> Result<(), DeviceError> {
 }
 
 impl CudaProgram {
-    fn load(artifact: &Artifact, device: &Cuda) -> Result<CudaProgram, DeviceError> {
+    fn load(artifact: &Artifact, device: &Cuda, seed: Option<u64>) -> Result<CudaProgram, DeviceError> {
         let manifest: Manifest = artifact.manifest()?;
         let target = gpu::choose(artifact.file(), &manifest, device.gpu.capability)?;
         let code = GpuCode::read(artifact, target)?;
@@ -136,9 +160,14 @@ impl CudaProgram {
         check_room(code.plan.totals().total_bytes as u64, context.free_bytes()?)?;
         let zeroed = |bytes| Buffer::zeroed(&context, bytes);
         let weights = zeroed(code.plan.weight_bytes())?;
-        if let Some((bytes, range)) = weights_of(artifact, target, &code.plan)? {
-            // The section's end may be padded.
-            weights.write(0, &(*bytes).as_ref()[range][..code.plan.weight_bytes()])?;
+        match seed {
+            Some(seed) => fill(&context, &code.plan, &weights, seed)?,
+            None => {
+                if let Some((bytes, range)) = weights_of(artifact, target, &code.plan)? {
+                    // The section's end may be padded.
+                    weights.write(0, &(*bytes).as_ref()[range][..code.plan.weight_bytes()])?;
+                }
+            }
         }
         let arena = zeroed(code.plan.arena_bytes)?;
         let inputs = buffers(&code.plan, &Place::Input, &context)?;
@@ -246,6 +275,19 @@ impl CudaProgram {
         }
         Ok(())
     }
+}
+
+/// Makes weights from a seed.
+fn fill(context: &Arc<Context>, plan: &Plan, weights: &Buffer, seed: u64) -> Result<(), DeviceError> {
+    let mut module = Module::load(context, &Image::Ptx(&fill::ptx()))?;
+    fill::SYMBOLS.iter().try_for_each(|symbol| module.add(symbol, symbol, 0))?;
+    for fill in fill::fills(plan, seed, weights.address(), CTAS_PER_SM * context.gpu.sms) {
+        match fill {
+            Fill::Constant(at, bytes) => weights.write(at, &bytes)?,
+            Fill::Random(call) => module.launch(&call)?,
+        }
+    }
+    Ok(context.wait()?)
 }
 
 /// A buffer for each of the plan's at this place.

@@ -11,7 +11,7 @@
 use crate::artifact::Artifact;
 use crate::cpu::{read_plan, weights_of};
 use crate::device::{Device, DeviceError, Program, State, Step, StepOutputs, Want};
-use crate::manifest::{GRAPH, Manifest};
+use crate::manifest::{GRAPH, Manifest, TargetCode};
 use crate::map::FileBytes;
 use ir::dim::MAX_SYMBOLS;
 use ir::dtype::DType;
@@ -23,6 +23,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::ops::Range;
 use std::path::PathBuf;
 use std::rc::Rc;
+use std::sync::Arc;
 
 /// The device that interprets.
 #[derive(Clone, Copy, Debug)]
@@ -56,9 +57,36 @@ impl InterpretedProgram {
     /// As [`Device::load`].
     pub fn load(artifact: &Artifact, rounding: Rounding) -> Result<InterpretedProgram, DeviceError> {
         let manifest: Manifest = artifact.manifest()?;
-        let bad = |said: String| bad_graph(artifact.file().to_path_buf(), said);
-        let target = manifest.targets.first().ok_or_else(|| bad("no target, and so no plan".to_string()))?;
+        let none = || bad_graph(artifact.file().to_path_buf(), "no target, and so no plan".to_string());
+        let target = manifest.targets.first().ok_or_else(none)?;
         let plan = read_plan(artifact, target)?;
+        let weights = weights_of(artifact, target, &plan)?;
+        InterpretedProgram::of(artifact, plan, weights, rounding)
+    }
+
+    /// Loads an artifact with weights that are not in it, in the order of a target's plan: a device may have made them.
+    ///
+    /// # Errors
+    ///
+    /// As [`Device::load`].
+    pub fn with_weights(
+        artifact: &Artifact,
+        target: &TargetCode,
+        weights: Vec<u8>,
+        rounding: Rounding,
+    ) -> Result<InterpretedProgram, DeviceError> {
+        let (plan, all) = (read_plan(artifact, target)?, 0..weights.len());
+        InterpretedProgram::of(artifact, plan, Some((Arc::new(weights), all)), rounding)
+    }
+
+    fn of(
+        artifact: &Artifact,
+        plan: Plan,
+        weights: Option<(FileBytes, Range<usize>)>,
+        rounding: Rounding,
+    ) -> Result<InterpretedProgram, DeviceError> {
+        let manifest: Manifest = artifact.manifest()?;
+        let bad = |said: String| bad_graph(artifact.file().to_path_buf(), said);
         let text = std::str::from_utf8(artifact.require(GRAPH)?).map_err(|e| bad(e.to_string()))?;
         let mut graphs = HashMap::new();
         for graph in ir::parse::graphs(text).map_err(|e| bad(e.to_string()))? {
@@ -73,7 +101,6 @@ impl InterpretedProgram {
                 return Err(bad(format!("graph @{} has other symbols than the plan", entry.name)));
             }
         }
-        let weights = weights_of(artifact, target, &plan)?;
         let (file, context) = (artifact.file().to_path_buf(), manifest.context);
         Ok(InterpretedProgram { file, plan, context, graphs, weights, decoded: HashMap::new(), rounding })
     }

@@ -10,11 +10,14 @@
 //! * [`pool`]: the worker threads of a CPU device; [`code`]: generated code and how it is called; [`cpu`]: the device
 //!   that does.
 //! * [`interpreter`]: the oracle as a device; [`null`]: the device that only checks.
+//! * [`fill`]: weights from a seed, made on a GPU.
 //! * [`gpu`]: what GPUs have in common, [`tensor_map`]: what they are told of tensors; [`cuda`]: the device that runs on
 //!   them; [`ptx_emulator`]: the one that emulates them.
 //! * [`meter`]: how fast this machine can read and multiply, which is what speeds are measured against.
+//! * [`gpu_meter`]: the same of a GPU.
 //! * [`ptx`]: PTX text as a typed module: every instruction that kernels use, by name; [`emulator`] runs it, and says what
 //!   is wrong with it.
+//! * [`conformance`]: each instruction alone, on the emulator and on a GPU, judged by what the PTX ISA says.
 //! * [`sample`]: the next token from logits.
 //! * [`text`]: text from the bytes of tokens, as they come.
 //! * [`generate`]: the loop over all of these.
@@ -23,12 +26,15 @@
 
 pub mod artifact;
 pub mod code;
+pub mod conformance;
 pub mod cpu;
 pub mod cuda;
 pub mod device;
 pub mod emulator;
+pub mod fill;
 pub mod generate;
 pub mod gpu;
+pub mod gpu_meter;
 pub mod interpreter;
 pub mod manifest;
 pub mod map;

@@ -7,6 +7,7 @@ use crate::artifact::Artifact;
 use crate::cpu::weights_of;
 use crate::device::{self, Device, DeviceError, Program, State, Step, StepOutputs, Tap, Tapped, Want};
 use crate::emulator::{self, Counts, Grid, Memory, Options, Sm, Sums};
+use crate::fill::{self, Fill};
 use crate::gpu::{self, Call, GpuCode};
 use crate::manifest::Manifest;
 use crate::ptx::Module;
@@ -38,8 +39,45 @@ impl PtxEmulator {
     ///
     /// As [`Device::load`].
     pub fn open(&self, artifact: &Artifact) -> Result<EmulatedProgram, DeviceError> {
-        EmulatedProgram::load(artifact, *self)
+        EmulatedProgram::load(artifact, *self, None)
     }
+
+    /// As [`PtxEmulator::open`], with weights that are made from a seed: also of an artifact that has none.
+    ///
+    /// # Errors
+    ///
+    /// As [`Device::load`].
+    pub fn open_filled(&self, artifact: &Artifact, seed: u64) -> Result<EmulatedProgram, DeviceError> {
+        EmulatedProgram::load(artifact, *self, Some(seed))
+    }
+
+    /// What its launches depend on.
+    pub fn options(&self) -> Options {
+        Options { sm: self.sm, seed: self.seed, sums: self.sums }
+    }
+
+    /// Makes weights from a seed.
+    fn fill(&self, plan: &Plan, memory: &mut Memory, weights: u64, seed: u64) -> Result<(), DeviceError> {
+        let failed = |said: String| DeviceError::Launch { kernel: "fill".to_string(), said };
+        let module = Module::parse(&fill::ptx()).map_err(|e| failed(e.to_string()))?;
+        for fill in fill::fills(plan, seed, weights, MOST_CTAS) {
+            match fill {
+                Fill::Constant(at, bytes) => memory.write(weights + at as u64, &bytes),
+                Fill::Random(call) => {
+                    let kernel = module.kernel(fill::SYMBOLS[call.phase]).expect("the module has both");
+                    emulator::launch(kernel, &grid(&call, 1), &call.params, memory, &self.options())
+                        .map_err(|report| failed(report.to_string()))?;
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// A launch's grid.
+fn grid(call: &Call, cluster: u32) -> Grid {
+    let (ctas, threads) = ([call.ctas, 1, 1], [call.threads, 1, 1]);
+    Grid { ctas, threads, cluster, dynamic_shared: call.shared_bytes }
 }
 
 impl Device for PtxEmulator {
@@ -86,7 +124,11 @@ fn locked(memory: &Mutex<Memory>) -> MutexGuard<'_, Memory> {
 }
 
 impl EmulatedProgram {
-    fn load(artifact: &Artifact, device: PtxEmulator) -> Result<EmulatedProgram, DeviceError> {
+    fn load(
+        artifact: &Artifact,
+        device: PtxEmulator,
+        seed: Option<u64>,
+    ) -> Result<EmulatedProgram, DeviceError> {
         let manifest: Manifest = artifact.manifest()?;
         let target = gpu::choose(artifact.file(), &manifest, device.sm.capability())?;
         let code = GpuCode::read(artifact, target)?;
@@ -104,13 +146,18 @@ impl EmulatedProgram {
                 return Err(failed(name, said));
             }
         }
-        let weights = weights_of(artifact, target, &code.plan)?;
         let mut memory = Memory::new();
         let arena = memory.allocate("arena", code.plan.arena_bytes);
-        let weights = weights.map(|(bytes, range)| {
+        let weights = match seed {
+            Some(seed) => {
+                let weights = memory.allocate("weights", code.plan.weight_bytes());
+                device.fill(&code.plan, &mut memory, weights, seed)?;
+                Some(weights)
+            }
             // The section's end may be padded; buffers lie in what the plan counts.
-            memory.borrow("weights", bytes, range)
-        });
+            None => weights_of(artifact, target, &code.plan)?
+                .map(|(bytes, range)| memory.borrow("weights", bytes, range)),
+        };
         let address = |buffer: &ir::plan::PlanBuffer| match buffer.place {
             Place::Weight { offset, .. } => weights.map_or(0, |address| address + offset as u64),
             Place::Arena { offset } => arena + offset as u64,
@@ -189,15 +236,10 @@ impl EmulatedProgram {
             }
         }
         let failed = |said| DeviceError::Launch { kernel: kernel.name.clone(), said };
-        let options = Options { sm: self.device.sm, seed: self.device.seed, sums: self.device.sums };
+        let options = self.device.options();
         let mut counts = Counts::default();
         for call in calls {
-            let grid = Grid {
-                ctas: [call.ctas, 1, 1],
-                threads: [call.threads, 1, 1],
-                cluster: self.phases[call.phase].cluster(),
-                dynamic_shared: call.shared_bytes,
-            };
+            let grid = grid(call, self.phases[call.phase].cluster());
             let maps = call.maps.iter().map(TensorMap::encode).collect::<Result<Vec<_>, _>>();
             let params = gpu::with_maps(&call.params, maps.map_err(|refused| failed(refused.to_string()))?);
             let ran = self.phases[call.phase].launch(&grid, &params, memory, &options);

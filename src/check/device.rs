@@ -1,6 +1,6 @@
 //! Where a launch runs: code on this CPU, a GPU's on the emulator, the kernel interpreter, or nowhere.
 
-use super::memory::positions;
+use crate::compare::memory::{decode, positions};
 use codegen::Backend;
 use codegen::cpu::{CodegenError, Form, Level};
 use codegen::nvptx::{self, Architecture};
@@ -408,23 +408,4 @@ pub fn encode(dtype: DType, x: f64, out: &mut [u8]) {
             unreachable!("no kernel keeps {dtype} in memory")
         }
     }
-}
-
-/// The numbers that bytes hold.
-///
-/// # Panics
-///
-/// On dtypes that no kernel keeps in memory.
-pub fn decode(dtype: DType, bytes: &[u8]) -> Vec<f64> {
-    let elem = |b: &[u8]| match dtype {
-        DType::F32 => f64::from(f32::from_le_bytes([b[0], b[1], b[2], b[3]])),
-        DType::BF16 => half::bf16::from_le_bytes([b[0], b[1]]).to_f64(),
-        DType::F16 => half::f16::from_le_bytes([b[0], b[1]]).to_f64(),
-        DType::I32 => f64::from(i32::from_le_bytes([b[0], b[1], b[2], b[3]])),
-        DType::Bool => f64::from(b[0]),
-        DType::F64 | DType::I8 | DType::U8 | DType::Block(_) => {
-            unreachable!("no kernel keeps {dtype} in memory")
-        }
-    };
-    bytes.chunks_exact(dtype.bytes(1)).map(elem).collect()
 }

@@ -1,5 +1,6 @@
-//! `check`: every kernel family on every shape and distribution of the table, judged.
+//! `check`: every kernel family on every shape and distribution of the table, judged; or instructions, with `--conformance`.
 
+use super::conformance;
 use super::error::CliError;
 use super::interrupt;
 use super::screen::{Screen, columns, grouped, print, print_json};
@@ -31,11 +32,11 @@ const SHOWN: usize = 10;
 #[command(after_help = "\
 Example:
   llamac check
-  llamac check --device cpu:x86-64-v3 --family dot --filter 'gated n 17'")]
+  llamac check --device cpu:x86-64-v3 --family dot --filter 'gated n 17'
+  llamac check --conformance --device cuda:0 --record h100.json")]
 pub struct Options {
-    /// cpu: every level that this machine runs; one of them, as cpu:x86-64-v3; ptx-emulator (GPU kernels); interpreter; null
-    #[arg(long, default_value = "cpu", value_name = "DEVICE")]
-    device: String,
+    #[command(flatten)]
+    cases: conformance::FormOptions,
     /// Only kernels of this family
     #[arg(long, value_name = "FAMILY", value_parser = family)]
     family: Option<Family>,
@@ -60,6 +61,9 @@ fn family(text: &str) -> Result<Family, String> {
 }
 
 pub fn check(options: &Options, screen: &Screen) -> Result<(), CliError> {
+    if options.cases.conformance {
+        return conformance::conformance(&options.cases, screen);
+    }
     if let Some(folder) = options.reproducer.as_ref().filter(|folder| folder.symlink_metadata().is_ok()) {
         return Err(CliError::Usage(format!("--reproducer {}: it is there already", folder.display())));
     }
@@ -69,9 +73,9 @@ pub fn check(options: &Options, screen: &Screen) -> Result<(), CliError> {
         table.extend(gpu(options.exhaustive));
     }
     table.extend(random(options.seed, RANDOM[usize::from(options.exhaustive)]));
-    table.retain(|case| case.name.contains(&options.filter));
+    table.retain(|case| case.name.contains(&options.cases.filter));
     if table.is_empty() {
-        return Err(CliError::Usage(format!("no case has `{}` in its name", options.filter)));
+        return Err(CliError::Usage(format!("no case has `{}` in its name", options.cases.filter)));
     }
     let schedules = (!options.exhaustive).then_some(SCHEDULES);
     let plan =
@@ -116,7 +120,7 @@ pub fn check(options: &Options, screen: &Screen) -> Result<(), CliError> {
 /// What kernels are compiled for, and what is done with them.
 fn devices(options: &Options, screen: &Screen) -> Result<(Vec<Backend>, Vec<How>), CliError> {
     let (here, missing) = levels().map_err(CompileError::from)?;
-    let how = match options.device.as_str() {
+    let how = match options.cases.device.as_str() {
         "interpreter" => How::Interpreter,
         "null" => How::Null,
         "cpu" => {

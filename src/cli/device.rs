@@ -119,7 +119,7 @@ impl DeviceOptions {
     }
 
     /// The number of a GPU.
-    fn cuda(&self) -> Option<u32> {
+    pub fn cuda(&self) -> Option<u32> {
         match self.device.strip_prefix("cuda")? {
             "" => Some(0),
             rest => rest.strip_prefix(':')?.parse().ok(),
@@ -127,7 +127,7 @@ impl DeviceOptions {
     }
 
     /// The GPU that is emulated.
-    fn emulated(&self) -> Option<Sm> {
+    pub fn emulated(&self) -> Option<Sm> {
         match self.device.strip_prefix("ptx-emulator")? {
             "" => Some(Sm::Sm80),
             rest => Sm::from_str(rest.strip_prefix(':')?).ok(),

@@ -1,6 +1,8 @@
 //! Every error of the command with its exit code, and how it is told.
 
+use llamac::compare::stored::StoredError;
 use llamac::model::ModelError;
+use llamac::sampled::SampledError;
 use models::{ChatError, ReadError, TokenizerError};
 use runtime::artifact::ArtifactError;
 use runtime::device::DeviceError;
@@ -29,8 +31,6 @@ use llamac::compare::layers::LayersError;
 use llamac::compare::ops::OpsError;
 #[cfg(feature = "compiler")]
 use llamac::compare::reproducer::ReproducerError;
-#[cfg(feature = "compiler")]
-use llamac::compare::stored::StoredError;
 #[cfg(feature = "compiler")]
 use llamac::compare::trace::TraceError;
 #[cfg(feature = "compiler")]
@@ -194,9 +194,17 @@ pub enum CliError {
         at: usize,
     },
     /// Kernels that compute something else than they should.
-    #[cfg(feature = "compiler")]
     #[error("{wrong} kernels are wrong")]
     Wrong {
+        /// How many.
+        wrong: usize,
+    },
+    /// Rows of kernels could not be judged.
+    #[error(transparent)]
+    Sampled(#[from] SampledError),
+    /// Instructions that give something else than the PTX ISA says.
+    #[error("{wrong} forms of instructions are wrong")]
+    NonConforming {
         /// How many.
         wrong: usize,
     },
@@ -274,8 +282,12 @@ impl CliError {
             CliError::Write(error) => write(error),
             CliError::Output(source) => write_failed(source),
             CliError::AboveCeiling { .. } | CliError::Unequal { .. } => Exit::Mismatch,
-            #[cfg(feature = "compiler")]
-            CliError::Wrong { .. } => Exit::Mismatch,
+            CliError::Wrong { .. } | CliError::NonConforming { .. } => Exit::Mismatch,
+            CliError::Sampled(error) => match error {
+                SampledError::Device(error) => device(error),
+                SampledError::Stored(error) => stored(error),
+                SampledError::Oracle(_) => Exit::Bug,
+            },
             #[cfg(feature = "compiler")]
             CliError::Walk(error) => match error {
                 WalkError::Load(LoadError::Codegen(error)) => codegen(error),
@@ -393,8 +405,12 @@ impl CliError {
             CliError::Write(error) => write_facts(error),
             CliError::AboveCeiling { found, .. } => Facts::of(format!("{found:.1} %"), "at most 100 %"),
             CliError::Unequal { .. } | CliError::Output(_) => Facts::default(),
+            CliError::Wrong { .. } | CliError::NonConforming { .. } => Facts::default(),
+            CliError::Sampled(SampledError::Device(error)) => device_facts(error),
+            CliError::Sampled(SampledError::Stored(error)) => stored_facts(error),
+            CliError::Sampled(SampledError::Oracle(_)) => Facts::default(),
             #[cfg(feature = "compiler")]
-            CliError::Wrong { .. } | CliError::Walk(_) => Facts::default(),
+            CliError::Walk(_) => Facts::default(),
             #[cfg(feature = "compiler")]
             CliError::Reference(error) => file_facts(error),
             #[cfg(feature = "compiler")]
@@ -466,7 +482,6 @@ fn codegen(error: &CodegenError) -> Exit {
     }
 }
 
-#[cfg(feature = "compiler")]
 fn stored(error: &StoredError) -> Exit {
     match error {
         StoredError::Artifact(error) => artifact(error),
@@ -672,7 +687,6 @@ fn file_facts(error: &FileError) -> Facts {
     }
 }
 
-#[cfg(feature = "compiler")]
 fn stored_facts(error: &StoredError) -> Facts {
     match error {
         StoredError::Artifact(error) => artifact_facts(error),

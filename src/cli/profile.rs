@@ -5,18 +5,27 @@
 mod page;
 
 use super::ceilings::dot_of;
-use super::device::DeviceOptions;
+use super::device::{DeviceOptions, Machine};
 use super::error::CliError;
 use super::screen::{Screen, bandwidth, big, bytes, columns, flops, print, print_json, short};
-use super::source::{self, BuildOptions, positive};
+use super::source::{self, BuildOptions, Ready, positive};
 use clap::Args;
 use ir::DType;
+use llamac::judge::Shares;
 use llamac::predict::Ceilings;
 use llamac::profile::{self, Phase, Profile};
+use llamac::sampled::{self, Sampled};
+use runtime::conformance;
 use runtime::cpu::Cpu;
+use runtime::cuda::Cuda;
+use runtime::device::{DeviceError, Tapped};
+use runtime::emulator::Sums;
+use runtime::gpu_meter;
 use runtime::meter::{self, Meter};
+use runtime::ptx_emulator::PtxEmulator;
 use runtime::whole_file;
 use serde_json::json;
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -28,7 +37,7 @@ Example:
   llamac profile preset:tinyllama-1.1b --dtype bf16 --html profile.html
   llamac compile MODEL -o model.llamac --taps; llamac profile model.llamac --trace trace.json")]
 pub struct Options {
-    /// Model, or artifact compiled with --taps; a preset gets random weights
+    /// Model, or artifact compiled with --taps; a preset gets random weights, and so does on a GPU what has none
     model: String,
     /// Tokens of the prompt
     #[arg(short, long = "prompt", default_value_t = 128, value_name = "N", value_parser = positive)]
@@ -39,6 +48,9 @@ pub struct Options {
     /// Prompts with their steps; medians are over all of them
     #[arg(long, short, default_value_t = 3, value_name = "N", value_parser = positive)]
     repeats: usize,
+    /// After that, judge so many rows of what each kernel stores: 0 for none
+    #[arg(long, default_value_t = 0, value_name = "N")]
+    check_rows: usize,
     /// Write every launch of the last repeat, a lane a worker, for Perfetto
     #[arg(long, value_name = "FILE")]
     trace: Option<PathBuf>,
@@ -56,31 +68,39 @@ const SEED: u64 = 1;
 /// Seconds of a sample of a ceiling.
 const METER_SECONDS: f64 = 0.05;
 
+/// Measures the ceilings of where the program runs.
+type Measure = Box<dyn FnMut() -> Result<Ceilings, DeviceError>>;
+
 pub fn profile(options: &Options, screen: &Screen) -> Result<(), CliError> {
-    if options.device.device != "cpu" {
-        return Err(CliError::NoDevice {
-            name: format!("{} with taps", options.device.device),
-            known: "cpu",
-        });
-    }
-    let mut build = BuildOptions { taps: true, ..options.build.clone() };
+    let machine = options.device.machine()?;
+    // A GPU makes weights that an artifact has not.
+    let weightless = !matches!(machine, Machine::Cpu);
+    let mut build = BuildOptions { taps: true, machine, weightless, ..options.build.clone() };
     if options.model.starts_with("preset:") {
         build.random_weights.get_or_insert(SEED);
     }
     let ready = source::ready(&options.model, &build, screen)?;
-    let threads = options.device.threads();
-    let mut program = Cpu { threads }.open(&ready.artifact)?;
-    let weights = ready.artifact.section(&ready.target.weights).unwrap_or_default();
-    let dot = dot_of(DType::from_name(&ready.manifest.dtype).unwrap_or(DType::F32));
-    let mut meter = Meter::new(threads);
-    let mut ceilings = || Ceilings {
-        read_bytes_per_s: meter::median(&meter.read(weights, METER_SECONDS)),
-        dot_flops: meter::median(&meter.dot(dot, METER_SECONDS)),
+    let seed = (!ready.manifest.weights).then_some(build.random_weights.unwrap_or(SEED));
+    let (mut program, mut measure, place) = on(&options.device, &ready, seed)?;
+    let mut failed = None;
+    let mut ceilings = || {
+        measure().unwrap_or_else(|error| {
+            failed.get_or_insert(error);
+            Ceilings { read_bytes_per_s: f64::NAN, dot_flops: f64::NAN }
+        })
     };
     let run = profile::Options { prompt: options.prompt, new: options.max_tokens, turns: options.repeats };
-    let measured = profile::profile(&mut program, &run, &mut ceilings)?;
+    let measured = profile::profile(&mut *program, &run, &mut ceilings)?;
+    if let Some(error) = failed {
+        return Err(error.into());
+    }
+    let from = (&ready.artifact, &ready.target);
+    let sampled = match options.check_rows {
+        0 => None,
+        rows => Some(sampled::rows(&mut *program, from, options.prompt, rows)?),
+    };
 
-    let title = format!("{}, {}, {}", ready.manifest.model, ready.manifest.dtype, counted(threads, "thread"));
+    let title = format!("{}, {}, {place}", ready.manifest.model, ready.manifest.dtype);
     if let Some(file) = &options.trace {
         write(file, &profile::trace(&ready.plan, &ready.manifest.model, &measured.trace).to_string())?;
     }
@@ -88,17 +108,94 @@ pub fn profile(options: &Options, screen: &Screen) -> Result<(), CliError> {
         write(file, &page::page(&title, &measured))?;
     }
     if screen.json {
-        return print_json(&json!({
+        let threads = matches!(machine, Machine::Cpu).then(|| options.device.threads());
+        print_json(&json!({
             "model": ready.manifest.model,
             "dtype": ready.manifest.dtype,
             "context": ready.manifest.context,
+            "device": options.device.device,
             "threads": threads,
+            "weights_seed": seed,
             "prefill": measured.prefill,
             "decode": measured.decode,
-        }));
+            "checked": sampled.as_ref().map(checked),
+        }))?;
+    } else {
+        let Profile { prefill, decode, trace: _ } = &measured;
+        print(&format!("{title}\n\n{}\n{}", table("prefill", prefill), table("decode", decode)))?;
+        sampled.iter().try_for_each(|sampled| print(&judged(sampled)))?;
     }
-    let Profile { prefill, decode, trace: _ } = &measured;
-    print(&format!("{title}\n\n{}\n{}", table("prefill", prefill), table("decode", decode)))
+    match sampled.map_or(0, |sampled| sampled.wrong.len()) {
+        0 => Ok(()),
+        wrong => Err(CliError::Wrong { wrong }),
+    }
+}
+
+/// The program on the device that is named, what measures that, and its name.
+fn on(
+    device: &DeviceOptions,
+    ready: &Ready,
+    seed: Option<u64>,
+) -> Result<(Box<dyn Tapped>, Measure, String), CliError> {
+    let of = |[read_bytes_per_s, dot_flops]: [f64; 2]| Ceilings { read_bytes_per_s, dot_flops };
+    if let Some(number) = device.cuda() {
+        let cuda = Cuda::new(number)?;
+        let program = match seed {
+            Some(seed) => cuda.open_filled(&ready.artifact, seed)?,
+            None => cuda.open(&ready.artifact)?,
+        };
+        let (place, gpu) = (cuda.gpu().to_string(), conformance::Machine::Gpu(cuda.context()?));
+        return Ok((Box::new(program), Box::new(move || gpu_meter::ceilings(&gpu).map(of)), place));
+    }
+    if let Some(sm) = device.emulated() {
+        let emulator = PtxEmulator { sm, seed: 0, sums: Sums::default() };
+        let program = match seed {
+            Some(seed) => emulator.open_filled(&ready.artifact, seed)?,
+            None => emulator.open(&ready.artifact)?,
+        };
+        let gpu = conformance::Machine::Emulator(emulator.options());
+        let place = format!("ptx-emulator:{}", sm.name());
+        return Ok((Box::new(program), Box::new(move || gpu_meter::ceilings(&gpu).map(of)), place));
+    }
+    if device.device != "cpu" {
+        let (name, known) = (format!("{} with taps", device.device), "cpu, cuda, cuda:N, ptx-emulator:SM");
+        return Err(CliError::NoDevice { name, known });
+    }
+    let threads = device.threads();
+    let program = Cpu { threads }.open(&ready.artifact)?;
+    let (artifact, section) = (ready.artifact.clone(), ready.target.weights.clone());
+    let dot = dot_of(DType::from_name(&ready.manifest.dtype).unwrap_or(DType::F32));
+    let mut meter = Meter::new(threads);
+    let measure = move || {
+        Ok(Ceilings {
+            read_bytes_per_s: meter::median(
+                &meter.read(artifact.section(&section).unwrap_or_default(), METER_SECONDS),
+            ),
+            dot_flops: meter::median(&meter.dot(dot, METER_SECONDS)),
+        })
+    };
+    Ok((Box::new(program), Box::new(measure), counted(threads, "thread")))
+}
+
+/// What rows came to, for scripts.
+fn checked(sampled: &Sampled) -> serde_json::Value {
+    let shares = |shares: &Shares| json!({ "hard": shares.hard, "statistical": shares.typical });
+    let kernels: BTreeMap<&String, _> = sampled.kernels.iter().map(|(name, of)| (name, shares(of))).collect();
+    json!({ "rows": sampled.rows, "kernels": kernels, "left_out": sampled.left_out, "wrong": sampled.wrong })
+}
+
+/// The same in a few lines.
+fn judged(sampled: &Sampled) -> String {
+    let worst = sampled.kernels.values().fold(Shares::default(), |worst, &of| worst.worst(of));
+    let wrong: String = sampled.wrong.iter().map(|wrong| format!("wrong: {wrong}\n")).collect();
+    format!(
+        "\n{wrong}{} of {} judged, {} wrong; {:.3} of the hard bound, {:.3} of the statistical one\n",
+        counted(sampled.rows, "row"),
+        counted(sampled.kernels.len(), "kernel"),
+        sampled.wrong.len(),
+        worst.hard,
+        worst.typical
+    )
 }
 
 fn write(file: &Path, text: &str) -> Result<(), CliError> {

@@ -37,6 +37,9 @@ pub struct BuildOptions {
     /// Verbs that run on a device that is named set it.
     #[arg(skip)]
     pub machine: Machine,
+    /// Verbs that can make weights on the device set it: an artifact may have none.
+    #[arg(skip)]
+    pub weightless: bool,
 }
 
 /// Most positions unless more are asked for: the KV cache of long contexts takes more memory than many models do.
@@ -148,7 +151,7 @@ pub fn ready(argument: &str, build: &BuildOptions, screen: &Screen) -> Result<Re
 /// An artifact is as it was compiled: options may only say the same again.
 fn check(argument: &str, build: &BuildOptions, artifact: &Artifact) -> Result<(), CliError> {
     let manifest: Manifest = artifact.manifest()?;
-    if !manifest.weights {
+    if !manifest.weights && !build.weightless {
         let cure = "it was compiled with --no-weights; compile it again without that";
         return Err(CliError::NoWeights { model: argument.to_string(), cure });
     }
@@ -162,7 +165,7 @@ fn check(argument: &str, build: &BuildOptions, artifact: &Artifact) -> Result<()
     if build.tune_db.is_some() {
         return Err(CliError::Usage(format!("--tune-db: {argument} has its schedules already")));
     }
-    if build.random_weights.is_some() {
+    if build.random_weights.is_some() && manifest.weights {
         return Err(CliError::Usage(format!("--random-weights: {argument} has weights already")));
     }
     match build.ctx {

@@ -2,7 +2,7 @@
 //! of the graphs after all passes, which an artifact with taps holds. So any artifact can be looked at, whichever llamac
 //! made it.
 
-use crate::check::memory;
+use super::memory;
 use ir::DType;
 use ir::dim::MAX_SYMBOLS;
 use ir::families::storage;
@@ -147,7 +147,7 @@ pub fn tensor(
 }
 
 /// What a plan calls the memory of a value: a cache bears its own name, all else that of the entry point too.
-pub(super) fn buffer_name(graph: &Graph, id: ValueId) -> String {
+pub fn buffer_name(graph: &Graph, id: ValueId) -> String {
     let kept = &graph[storage(graph, id)];
     match &kept.op {
         Op::State { name } => name.clone(),

@@ -8,6 +8,7 @@ use super::skipped::skip;
 use codegen::nvptx::Architecture;
 use codegen::ptxas::{Cubin, Program, Tool, assemble, disassemble};
 use libtest_mimic::Trial;
+use runtime::emulator::Sm;
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 
@@ -18,6 +19,7 @@ pub fn trials() -> Vec<Trial> {
     vec![
         test("ptxas checks can fail", checks_can_fail),
         test("ptxas makes a cubin", cubin),
+        test("ptxas takes every form of an instruction", forms),
         test("ptxas is said to be missing", missing),
         test("ptxas warns of spills", spills),
     ]
@@ -41,6 +43,26 @@ fn assemblers(name: &str) -> Checked<Vec<Program>> {
         .into()),
         None => Ok(found),
     }
+}
+
+/// The kernels of the conformance suite, all in one module.
+fn forms(name: &str) -> Checked<()> {
+    for sm in [Sm::Sm80, Sm::Sm90a] {
+        let mut module = String::new();
+        let forms = runtime::conformance::forms();
+        for (number, form) in forms.iter().filter(|form| form.sm == sm).enumerate() {
+            let ptx = form.ptx();
+            let (head, kernel) = ptx.split_once(".visible .entry k(").ok_or("no kernel")?;
+            if number == 0 {
+                module += head;
+            }
+            module += &format!("// {}\n.visible .entry k{number}({kernel}", form.name);
+        }
+        for ptxas in assemblers(name)? {
+            clean(&ptxas, &module, sm.name()).map_err(|e| format!("{e}\n{module}"))?;
+        }
+    }
+    Ok(())
 }
 
 /// Assembles PTX: nothing is spilled or kept on a stack.

@@ -2,11 +2,14 @@
 //!
 //! The model: `logits = table[token of each position so far], summed, + table`; the greedy choice is the position.
 
-use super::driver::{NoDriver, Version, is_out_of_memory, is_sticky};
+use super::driver::{NoDriver, is_out_of_memory, is_sticky};
 use super::*;
 use crate::artifact::ArtifactWriter;
+use crate::conformance::{self, Machine};
 use crate::device::feed;
+use crate::emulator::{Sm, Sums};
 use crate::manifest::GPU_WEIGHTS;
+use crate::ptx_emulator::PtxEmulator;
 use fake::with;
 use ir::plan;
 use libloading::Library;
@@ -348,6 +351,36 @@ fn gpus_are_refused_by_number_and_by_age() {
         said.ends_with("compute capability 7.5, 1.0 GiB: compute capability 8.0 or later is needed"),
         "{said}"
     );
+}
+
+#[test]
+fn weights_are_made_from_a_seed() {
+    let folder = tempfile::tempdir().unwrap();
+    let artifact = artifact(folder.path(), &[]);
+    let logits = |program: &mut dyn Program| {
+        let mut state = program.state().unwrap();
+        feed(program, &[3, 1, 4], None, Want::Logits, &mut state).unwrap().logits
+    };
+    let emulator = |seed| {
+        let device = PtxEmulator { sm: Sm::Sm80, seed: 0, sums: Sums::default() };
+        logits(&mut device.open_filled(&artifact, seed).unwrap())
+    };
+    let filled = logits(&mut cuda().open_filled(&artifact, 7).unwrap());
+    assert!(filled == emulator(7) && filled != emulator(8) && filled.iter().all(|x| x.is_finite()));
+}
+
+#[test]
+fn forms_of_instructions_run_by_the_driver() {
+    let machine = Machine::Gpu(cuda().context().unwrap());
+    for form in conformance::forms().into_iter().filter(|form| machine.takes(form)) {
+        let results = machine.run(&form).unwrap();
+        assert_eq!(conformance::judge(&form, &results), []);
+    }
+    // What the driver refuses is the form's fault, and says so.
+    let form = conformance::forms().swap_remove(0);
+    with(|fake| fake.fault = Some(("cuModuleLoadDataEx", 0, 218)));
+    let said = machine.run(&form).unwrap_err().to_string();
+    assert!(said.starts_with(&form.name) && said.contains("CUDA_ERROR_INVALID_PTX"), "{said}");
 }
 
 #[test]

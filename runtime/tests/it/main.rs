@@ -3,6 +3,7 @@
 mod fake;
 
 mod artifact;
+mod conformance;
 mod device;
 mod generate;
 mod map;

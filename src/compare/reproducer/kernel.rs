@@ -1,8 +1,9 @@
 //! A kernel's launch that stores something else than its group says.
 
 use super::{Case, File, Reader, Replay, ReproducerError, Stored, TENSORS, Where, safetensors};
-use crate::check::device::{Device, decode, encode};
+use crate::check::device::{Device, encode};
 use crate::check::{Subject, Tensors, results};
+use crate::compare::memory::decode;
 use crate::compare::{Fault, Seen, layer_of, ops};
 use crate::judge::{Expected, Shares};
 use codegen::Backend;

@@ -2,7 +2,7 @@
 //!
 //! Written from the layouts' text and not with the generators' code, which it helps to judge.
 
-use super::device::decode;
+use ir::DType;
 use ir::dim::MAX_SYMBOLS;
 use ir::families::{Arg, storage};
 use ir::graph::{Graph, GroupId, Layout, Pack, ValueId};
@@ -117,4 +117,22 @@ fn cells(shape: &[usize], layout: Option<Layout>) -> Option<(Vec<usize>, usize)>
         }
     }
     Some((cells, all))
+}
+
+/// The numbers that bytes hold.
+///
+/// # Panics
+///
+/// On dtypes that no kernel keeps in memory.
+pub fn decode(dtype: DType, bytes: &[u8]) -> Vec<f64> {
+    let elem = |b: &[u8]| match dtype {
+        DType::F32 => f64::from(f32::from_le_bytes([b[0], b[1], b[2], b[3]])),
+        DType::BF16 => half::bf16::from_le_bytes([b[0], b[1]]).to_f64(),
+        DType::I32 => f64::from(i32::from_le_bytes([b[0], b[1], b[2], b[3]])),
+        DType::Bool => f64::from(b[0]),
+        DType::F64 | DType::F16 | DType::I8 | DType::U8 | DType::Block(_) => {
+            unreachable!("no kernel keeps {dtype} in memory")
+        }
+    };
+    bytes.chunks_exact(dtype.bytes(1)).map(elem).collect()
 }
