@@ -5,6 +5,7 @@ use super::interrupt;
 use super::screen::{self, Screen, print, print_json, short};
 use super::source::BuildOptions;
 use clap::Args;
+use codegen::nvptx::ARCHITECTURES;
 use indicatif::{ProgressBar, ProgressStyle};
 use llamac::compile::{self, Progress, Seconds};
 use llamac::model::{Model, name_of};
@@ -22,6 +23,8 @@ Targets:
   cpu:x86-64-v4   AVX-512: Skylake-X (2017), Zen 4 and later
   cpu:aarch64     64-bit Arm with NEON
   cuda:sm_80      NVIDIA GPUs from Ampere (2020) on: PTX, and machine code for the first of them if ptxas is found
+  cuda:sm_90a     H100 and H200, with tensor cores fed from shared memory: PTX, and machine code if ptxas is found
+  cuda            both
 
 Example:
   llamac compile TinyLlama-1.1B/ -o tiny.llamac --dtype bf16 --target cpu:x86-64-v4 --target cpu:x86-64-v3")]
@@ -48,8 +51,11 @@ pub struct Options {
 }
 
 pub fn compile(options: &Options, screen: &Screen) -> Result<(), CliError> {
-    for (number, target) in options.targets.iter().enumerate() {
-        if options.targets[..number].contains(target) {
+    let all = || ARCHITECTURES.iter().map(|a| a.name.to_string()).collect();
+    let named = |target: &String| if target == "cuda" { all() } else { vec![target.clone()] };
+    let targets: Vec<String> = options.targets.iter().flat_map(named).collect();
+    for (number, target) in targets.iter().enumerate() {
+        if targets[..number].contains(target) {
             return Err(CliError::Usage(format!("--target {target} stands there twice")));
         }
     }
@@ -58,7 +64,7 @@ pub fn compile(options: &Options, screen: &Screen) -> Result<(), CliError> {
         argument: &options.model,
         model: &model,
         build: &options.build,
-        targets: options.targets.clone(),
+        targets,
         weights: !options.no_weights,
         taps: options.taps,
         cubin: true,

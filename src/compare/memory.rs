@@ -128,9 +128,10 @@ pub fn decode(dtype: DType, bytes: &[u8]) -> Vec<f64> {
     let elem = |b: &[u8]| match dtype {
         DType::F32 => f64::from(f32::from_le_bytes([b[0], b[1], b[2], b[3]])),
         DType::BF16 => half::bf16::from_le_bytes([b[0], b[1]]).to_f64(),
+        DType::F16 => half::f16::from_le_bytes([b[0], b[1]]).to_f64(),
         DType::I32 => f64::from(i32::from_le_bytes([b[0], b[1], b[2], b[3]])),
         DType::Bool => f64::from(b[0]),
-        DType::F64 | DType::F16 | DType::I8 | DType::U8 | DType::Block(_) => {
+        DType::F64 | DType::I8 | DType::U8 | DType::Block(_) => {
             unreachable!("no kernel keeps {dtype} in memory")
         }
     };
