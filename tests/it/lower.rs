@@ -385,7 +385,7 @@ fn random_kernels(target: &Target, kernels: &mut Kernels) -> Checked<()> {
 // PTX.
 
 fn models_in_ptx(name: &str, dtype: DType, gpu: &Architecture) -> Checked<()> {
-    for of in ["builtin", "preset:smollm2-135m", "preset:llama3-8b"] {
+    for of in ["builtin", "preset:smollm2-135m", "preset:llama-7b", "preset:llama3-8b"] {
         let ptx = ptx(&model(of, dtype, &gpu.target())?, gpu)?;
         ptxas::check_instructions(name, &ptx, gpu)?;
     }

@@ -82,6 +82,9 @@ fn padded(d: usize) -> usize {
 /// Steps that a GPU's tiles of rows do not fill: for these the keys are split.
 const FEW: usize = 16;
 
+/// Copies of a tile of keys that a thread should do at most: with more, some registers of a head of 128 are spilled.
+const MOST_COPIES: usize = 16;
+
 /// Keys of a split, the preferred first: with 8 KV heads and 8192 positions the first makes 256 CTAs.
 const SPLITS: [usize; 2] = [256, 512];
 
@@ -104,11 +107,15 @@ pub fn schedules(view: &GroupView<'_>, gpu: &Gpu) -> Result<Vec<String>, LowerEr
                 if schedule.shared_bytes(&shape) <= gpu.shared_bytes
                     && (warps == 1 || 16 * warps < 2 * steps * shape.per_kv)
                 {
-                    found.push(schedule::print(&schedule.fields()));
+                    found.push(schedule);
                 }
             }
         }
     }
+    // A thread has the address of each of its copies in registers.
+    let copies = |s: &Schedule| s.keys * padded(shape.d) / chunk(shape.dtype) / (s.warps * usize::from(WARP));
+    found.sort_by_key(|s| copies(s) > MOST_COPIES);
+    let found: Vec<String> = found.into_iter().map(|s| schedule::print(&s.fields())).collect();
     match found.is_empty() {
         true => Err(view.unsupported(format!("a head of {}", shape.d))),
         false => Ok(found),
