@@ -128,6 +128,11 @@ impl Mbarriers {
         Ok(())
     }
 
+    /// Are there any?
+    pub fn any(&self) -> bool {
+        !self.known.is_empty()
+    }
+
     /// For a report: what the phase waits for.
     pub fn missing(&self, offset: usize) -> String {
         match self.known.get(&offset) {
