@@ -19,11 +19,12 @@
 //!
 //! Each is run under several seeds, and must hold under every one.
 
-use runtime::emulator::{Grid, Memory, Options, Report, Sums, launch};
+use proptest::prelude::*;
+use runtime::emulator::{Grid, Memory, Options, Program, Report, Sums, launch};
 use runtime::ptx::Module;
 use runtime::tensor_map::{Element, Fill, Swizzle, TensorMap};
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 const SEEDS: u64 = 8;
@@ -298,18 +299,27 @@ fn check(text: &str, seed: u64) -> Result<(), String> {
     }
 }
 
-#[test]
-fn every_file_holds() {
+/// The files, each with its text.
+fn files() -> Vec<(String, String)> {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/ptx");
-    let files = fs::read_dir(&folder).expect("the folder").map(|entry| entry.expect("a file").path());
-    let mut files: Vec<_> = files.filter(|path| path.extension().is_some_and(|end| end == "ptx")).collect();
+    let paths = fs::read_dir(&folder).expect("the folder").map(|entry| entry.expect("a file").path());
+    let paths = paths.filter(|path| path.extension().is_some_and(|end| end == "ptx"));
+    let named = |path: PathBuf| {
+        let name = path.file_name().expect("a name").to_string_lossy().into_owned();
+        (name, fs::read_to_string(&path).expect("a file"))
+    };
+    let mut files: Vec<_> = paths.map(named).collect();
     files.sort();
     assert!(!files.is_empty());
+    files
+}
+
+#[test]
+fn every_file_holds() {
     let mut wrong = Vec::new();
-    for file in files {
-        let text = fs::read_to_string(&file).expect("a file");
+    for (name, text) in files() {
         if let Some(error) = (0..SEEDS).find_map(|seed| check(&text, seed).err()) {
-            wrong.push(format!("{}: {error}", file.file_name().expect("a name").display()));
+            wrong.push(format!("{name}: {error}"));
         }
     }
     assert!(wrong.is_empty(), "\n{}", wrong.join("\n"));
@@ -351,4 +361,27 @@ fn what_does_not_hold_is_noticed() {
     assert!(
         check(&format!("{twice}// expect: out = 7 ...\n{kernel}"), 0).unwrap_err().contains("[7, 0, 0, 0, 6")
     );
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(1024) })]
+
+    /// Words of all files, in places where they do not belong: what is read can be made ready, the rest is refused.
+    #[test]
+    fn damaged_texts_are_read_or_refused(
+        file: prop::sample::Index,
+        damages in prop::collection::vec(any::<(prop::sample::Index, prop::sample::Index, bool)>(), 1..4),
+    ) {
+        let files = files();
+        let words: Vec<&str> = files.iter().flat_map(|(_, text)| text.split_inclusive([' ', '\t', '\n', '.'])).collect();
+        let text = &file.get(&files).1;
+        let mut damaged: Vec<&str> = text.split_inclusive([' ', '\t', '\n', '.']).collect();
+        for (at, word, in_place) in damages {
+            let at = at.index(damaged.len());
+            damaged.splice(at..at + usize::from(in_place), [*word.get(&words)]);
+        }
+        if let Ok(module) = Module::parse(&damaged.concat()) {
+            module.kernels.iter().for_each(|kernel| _ = Program::new(kernel));
+        }
+    }
 }
