@@ -316,6 +316,12 @@ pub enum Fault {
     /// A lane ends, and a bulk copy that it asked for may still read shared memory.
     #[error("it ends before `cp.async.bulk.wait_group.read` of its copies from shared memory")]
     UnreadSource,
+    /// A CTA ends, and another or a bulk copy may still access its shared memory.
+    #[error("its CTA ends, and nothing says that this is over: its shared memory {other}")]
+    EndsEarly {
+        /// Who.
+        other: Box<Party>,
+    },
     /// A `wgmma`, or another instruction that has its registers.
     #[error("wgmma: {problem}")]
     Wgmma {

@@ -279,6 +279,16 @@ impl Reach<'_> {
         }
     }
 
+    /// The own CTA ends: others must be done with its shared memory.
+    pub fn end<'k>(&self, warps: impl Iterator<Item = &'k Knowledge> + Clone) -> Checked<()> {
+        match self.cluster[self.rank].shadow.unfinished(warps) {
+            None => Ok(()),
+            Some((cell, wrote)) => {
+                Err(of_warp(Fault::EndsEarly { other: Box::new(self.party(cell, wrote)) }))
+            }
+        }
+    }
+
     fn name(&self, spot: &Spot) -> String {
         match spot {
             Spot::Shared(rank, _) if *rank == self.rank => "shared memory".into(),

@@ -337,7 +337,7 @@ impl Warp {
                 if !matches!(op, MbarrierOp::Wait { .. }) {
                     *idle = 0;
                 }
-                return self.mbarrier(step, (op, *space, *address), active, reach, random);
+                return self.mbarrier(step, (op, *space, *address), active, reach);
             }
             Op::StoreMatrix { trans, address, a } => {
                 self.together(active)?;

@@ -482,7 +482,12 @@ pub fn run(
             Pause::Done => {
                 cta.states[warp] = State::Done;
                 idle = 0;
-                cluster.memory[rank].gone = cta.states.iter().all(|&state| state == State::Done);
+                let gone = cta.states.iter().all(|&state| state == State::Done);
+                if gone && (reach.cluster.len() > 1 || reach.own().mbarriers.any()) {
+                    let ended = reach.end(cta.warps.iter().map(|warp| &warp.knowledge));
+                    ended.map_err(|found| report(cta, line, found))?;
+                }
+                reach.own().gone = gone;
             }
         }
         let lands = match arrivals {

@@ -4,13 +4,12 @@
 //! asynchronous operations by the mbarrier object". A phase is over when no arrival is missing and no byte. What arrived
 //! came before what waited for the phase. The object's own bytes in shared memory say nothing; here its state lies beside.
 //!
-//! `try_wait` that fails gives up, or stops the warp until a phase of its CTA's mbarriers ends, so nobody spins for long, and a
-//! deadlock is one soon.
+//! `try_wait` gives up when it fails for the first time. Then it stops the warp until a phase of its CTA's mbarriers ends, so
+//! nobody spins, and a deadlock is one at once.
 
 use super::Fault;
 use super::access::{Access, Checked, Location, Reach, Spot, at_lane, lanes};
 use super::arithmetic::Lanes;
-use super::grid::Random;
 use super::program::Step;
 use super::race::{How, Message, Proxy, Stamp, merge};
 use super::warp::{Pause, Wait, Warp};
@@ -19,9 +18,6 @@ use std::collections::BTreeMap;
 
 /// The most arrivals of a phase, and bytes that may be missing (PTX ISA, "mbarrier", "Size and alignment").
 const MOST: u32 = (1 << 20) - 1;
-
-/// Of so many waits that fail one gives up at once.
-const GIVES_UP: usize = 4;
 
 #[derive(Debug)]
 struct Mbarrier {
@@ -132,6 +128,11 @@ impl Mbarriers {
         Ok(())
     }
 
+    /// Are there any?
+    pub fn any(&self) -> bool {
+        !self.known.is_empty()
+    }
+
     /// For a report: what the phase waits for.
     pub fn missing(&self, offset: usize) -> String {
         match self.known.get(&offset) {
@@ -156,7 +157,6 @@ impl Warp {
         (op, space, address): (&MbarrierOp, Space, Address),
         active: u32,
         reach: &mut Reach<'_>,
-        random: &mut Random,
     ) -> Checked<Option<Pause>> {
         let access = Access::new(space, self.addresses(address), active, 8)?;
         let writes = matches!(op, MbarrierOp::Init(_) | MbarrierOp::Inval);
@@ -182,7 +182,7 @@ impl Warp {
             }
         }
         if let MbarrierOp::Wait { d, phase, block } = op {
-            return self.wait_for_phase((*d, *phase, *block), places, active, reach, random);
+            return self.wait_for_phase((*d, *phase, *block), places, active, reach);
         }
         if let MbarrierOp::CopyArrive { .. } = op {
             self.finish_copies(active, None, reach)?;
@@ -245,7 +245,6 @@ impl Warp {
         places: BTreeMap<Location, u32>,
         active: u32,
         reach: &mut Reach<'_>,
-        random: &mut Random,
     ) -> Checked<Option<Pause>> {
         let mut over = 0;
         for (&place, &mask) in &places {
@@ -263,10 +262,11 @@ impl Warp {
             over |= done;
         }
         let first = places.keys().next().copied().unwrap_or_default();
-        // It may give up at any time, so who does not try again is found out.
-        if over == 0 && block && random.below(GIVES_UP) > 0 {
+        // It may give up at any time, and does the first time: who does not try again is found out.
+        if over == 0 && block && std::mem::replace(&mut self.gave_up, true) {
             return Ok(Some(Pause::Again(Wait::Mbarrier(first))));
         }
+        self.gave_up &= over == 0;
         self.put_predicate(active, d, over);
         Ok(None)
     }

@@ -588,6 +588,31 @@ impl Shadow {
         Ok(())
     }
 
+    /// An access, and whether it wrote, of another CTA of the cluster or of a copy that an mbarrier counts, of which none of
+    /// the CTA's warps knows that it came before now.
+    pub fn unfinished<'k>(&self, warps: impl Iterator<Item = &'k Knowledge> + Clone) -> Option<(Cell, bool)> {
+        let far = |cell: &Cell| {
+            let own = |who: &Knowledge| {
+                let begin = who.agent - who.own() as u32 % who.warps;
+                cell.agent.wrapping_sub(begin) < who.warps
+            };
+            cell.clock != 0
+                && if cell.asynchronous() { cell.lane == MBARRIER } else { !warps.clone().any(own) }
+        };
+        let known = |cell: &Cell| warps.clone().any(|who| (0..=WHOLE).any(|lane| who.after(cell, lane)));
+        let mut met = Cell::default();
+        let mut is_unfinished = |cell: &Cell| {
+            let new = std::mem::replace(&mut met, *cell) != *cell;
+            new && far(cell) && !known(cell)
+        };
+        self.pages.iter().flatten().find_map(|page| {
+            let write = page.writes.iter().find(|cell| is_unfinished(cell)).map(|cell| (*cell, true));
+            write.or_else(|| {
+                page.reads.iter().flatten().find(|cell| is_unfinished(cell)).map(|cell| (*cell, false))
+            })
+        })
+    }
+
     /// A lane has waited for its copy: the bytes are its own writes from now on.
     pub fn settle(&mut self, who: &Knowledge, lane: u32, offset: usize, len: usize) {
         // A copy is aligned to its size, so it lies in one page.

@@ -79,6 +79,8 @@ pub struct Warp {
     bulk: Vec<BulkGroups>,
     /// The phase of the cluster's barrier that it has arrived at and not waited for.
     pub cluster_phase: Option<u32>,
+    /// Its last wait for an mbarrier was in vain.
+    pub gave_up: bool,
     /// Registers that `wgmma` has.
     pub fragments: Fragments,
 }
@@ -127,6 +129,7 @@ impl Warp {
             groups: [0; LANES],
             bulk: Vec::new(),
             cluster_phase: None,
+            gave_up: false,
             fragments: Fragments::default(),
         };
         for (&reg, &(_, constant)) in program.constants.iter().zip(&program.kernel.constants) {
