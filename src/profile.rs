@@ -5,6 +5,12 @@
 //! * The ceilings are measured between the steps, since a machine's speed changes: a share is the median of such pairs, a
 //!   time the median of the steps.
 //! * A kernel's time is from when its first worker began until its last was done.
+//!
+//! Of GPUs that are not here it is argued from machine code: [`steady`] counts the loop in which a kernel of tensor cores spends
+//! its time, [`gpus`] has what a GPU does in a cycle.
+
+pub mod gpus;
+pub mod steady;
 
 use crate::predict::{self, Ceilings};
 use ir::graph::Family;
