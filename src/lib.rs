@@ -7,6 +7,7 @@
 //! * [`diff`]: what differs between two plans, kernel by kernel.
 //! * [`eval`]: how well a model predicts text, over any device.
 //! * [`profile`]: the time of each kernel of a step.
+//! * [`sass`]: machine code of GPUs as text.
 //! * [`sampled`]: some rows of what a large step's kernels stored, judged.
 //! * [`judge`]: what counts as right; the only place with tolerances.
 //! * [`file_error`]: why a file that belongs to a comparison cannot be used.
@@ -33,5 +34,6 @@ pub mod predict;
 pub mod profile;
 pub mod reference;
 pub mod sampled;
+pub mod sass;
 pub mod tune;
 pub mod weights;

@@ -5,6 +5,19 @@
 //! * The ceilings are measured between the steps, since a machine's speed changes: a share is the median of such pairs, a
 //!   time the median of the steps.
 //! * A kernel's time is from when its first worker began until its last was done.
+//!
+//! Of GPUs that are not here it is argued from machine code, in `machine_code`: [`steady`] counts the loop in which a kernel of
+//! tensor cores spends its time, `emulated` its bank conflicts, [`gpus`] has what a GPU does in a cycle, [`predicted`] makes
+//! times of them, [`recorded`] has what was measured.
+
+#[cfg(feature = "compiler")]
+pub mod emulated;
+pub mod gpus;
+#[cfg(feature = "compiler")]
+pub mod machine_code;
+pub mod predicted;
+pub mod recorded;
+pub mod steady;
 
 use crate::predict::{self, Ceilings};
 use ir::graph::Family;

@@ -139,7 +139,7 @@ struct Caches {
 
 /// CTAs of a launch at most, for each multiprocessor: as many as hide the latency of memory. Further turns are taken by those
 /// that are done. (Chosen so that CTAs of 128 threads fill half of a multiprocessor's 2048; not measured yet.)
-const CTAS_PER_SM: u32 = 8;
+pub const CTAS_PER_SM: u32 = 8;
 
 /// Is there room for so many bytes?
 fn check_room(needed: u64, available: u64) -> Result<(), DeviceError> {

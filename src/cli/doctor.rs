@@ -106,7 +106,10 @@ fn compiler() -> Vec<Part> {
             cure: "apt-get install lld-22",
         },
         tool(Tool::Ptxas, "artifacts for GPUs have PTX alone, which the driver assembles at load"),
-        tool(Tool::Nvdisasm, "`emit --stage sass` cannot show a GPU's machine code"),
+        tool(
+            Tool::Nvdisasm,
+            "neither `emit --stage sass` nor `profile --static` can read a GPU's machine code",
+        ),
     ]
 }
 

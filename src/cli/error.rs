@@ -38,6 +38,8 @@ use llamac::compile::CompileError;
 #[cfg(feature = "compiler")]
 use llamac::file_error::FileError;
 #[cfg(feature = "compiler")]
+use llamac::profile::machine_code::ArgueError;
+#[cfg(feature = "compiler")]
 use llamac::tune::search::SearchError;
 #[cfg(feature = "compiler")]
 use llamac::tune::table::TableError;
@@ -153,6 +155,10 @@ pub enum CliError {
         /// What is wrong there.
         message: String,
     },
+    /// Nothing can be argued from machine code.
+    #[cfg(feature = "compiler")]
+    #[error(transparent)]
+    Argue(#[from] ArgueError),
     /// A pass made something that its verifier refuses.
     #[cfg(feature = "compiler")]
     #[error("after {pass}: {message}")]
@@ -277,6 +283,12 @@ impl CliError {
             CliError::Tokenizer { .. } | CliError::Chat(_) => Exit::Model,
             CliError::Text { .. } => Exit::Model,
             #[cfg(feature = "compiler")]
+            CliError::Argue(error) => match error {
+                ArgueError::Codegen(error) => codegen(error),
+                ArgueError::Sass(_) | ArgueError::Unfit { .. } => Exit::Usage,
+                ArgueError::Emulation { .. } | ArgueError::Lower(_) => Exit::Bug,
+            },
+            #[cfg(feature = "compiler")]
             CliError::Pass { .. } => Exit::Bug,
             CliError::Read { .. } => Exit::Usage,
             CliError::Write(error) => write(error),
@@ -399,7 +411,9 @@ impl CliError {
             CliError::Tokenizer { model, .. } => Facts::default().file(Path::new(model)),
             CliError::Chat(_) => Facts::default(),
             #[cfg(feature = "compiler")]
-            CliError::Pass { .. } => Facts::default(),
+            CliError::Argue(ArgueError::Unfit { has, fit, .. }) => Facts::of(has, fit),
+            #[cfg(feature = "compiler")]
+            CliError::Pass { .. } | CliError::Argue(_) => Facts::default(),
             CliError::Text { file, .. } => Facts::default().file(file),
             CliError::Read { file, .. } => Facts::default().file(file),
             CliError::Write(error) => write_facts(error),

@@ -1,7 +1,9 @@
 //! `profile`: time, bytes, FLOPs and share of the limit of each kernel of a step.
 //!
-//! [`page`] is the same as one HTML page, with the roofline.
+//! [`page`] is the same as one HTML page, with the roofline; `machine_code` what is argued of a GPU that is not here.
 
+#[cfg(feature = "compiler")]
+mod machine_code;
 mod page;
 
 use super::ceilings::dot_of;
@@ -35,13 +37,14 @@ Each step is run whole and launch by launch. The page opens in any browser, the 
 
 Example:
   llamac profile preset:tinyllama-1.1b --dtype bf16 --html profile.html
-  llamac compile MODEL -o model.llamac --taps; llamac profile model.llamac --trace trace.json")]
+  llamac compile MODEL -o model.llamac --taps; llamac profile model.llamac --trace trace.json
+  llamac profile --static preset:llama3-8b --target cuda:sm_80 --gpu h100")]
 pub struct Options {
     /// Model, or artifact compiled with --taps; a preset gets random weights, and so does on a GPU what has none
     model: String,
-    /// Tokens of the prompt
-    #[arg(short, long = "prompt", default_value_t = 128, value_name = "N", value_parser = positive)]
-    prompt: usize,
+    /// Tokens of the prompt [default: 128; with --static the most that are one step]
+    #[arg(short, long = "prompt", value_name = "N", value_parser = positive)]
+    prompt: Option<usize>,
     /// Decode steps after it
     #[arg(short = 'n', long = "max-tokens", default_value_t = 32, value_name = "N", value_parser = positive)]
     max_tokens: usize,
@@ -57,12 +60,26 @@ pub struct Options {
     /// Write one page with roofline and tables
     #[arg(long, value_name = "FILE")]
     html: Option<PathBuf>,
+    /// Run nothing: argue the speed on a GPU from the machine code of its kernels, which ptxas and nvdisasm give
+    #[arg(
+        long = "static",
+        conflicts_with_all = ["max_tokens", "repeats", "check_rows", "trace", "html", "device", "threads", "random_weights"]
+    )]
+    is_static: bool,
+    /// What to compile for [default: cuda:sm_80]
+    #[arg(long, value_name = "TARGET", requires = "is_static")]
+    target: Option<String>,
+    /// GPU to argue of: a100, h100, h200 or rtx4090 [default: the one that the target is meant for]
+    #[arg(long, value_name = "GPU", requires = "is_static")]
+    gpu: Option<String>,
     #[command(flatten)]
     device: DeviceOptions,
     #[command(flatten)]
     build: BuildOptions,
 }
 
+/// Tokens of a prompt that is run, unless more or less are asked for.
+const PROMPT: usize = 128;
 /// Seed of a preset's weights, unless one is given.
 const SEED: u64 = 1;
 /// Seconds of a sample of a ceiling.
@@ -72,6 +89,12 @@ const METER_SECONDS: f64 = 0.05;
 type Measure = Box<dyn FnMut() -> Result<Ceilings, DeviceError>>;
 
 pub fn profile(options: &Options, screen: &Screen) -> Result<(), CliError> {
+    if options.is_static {
+        #[cfg(feature = "compiler")]
+        return machine_code::argue(options, screen);
+        #[cfg(not(feature = "compiler"))]
+        return Err(CliError::NoCompiler { what: "profile --static".into() });
+    }
     let machine = options.device.machine()?;
     // A GPU makes weights that an artifact has not.
     let weightless = !matches!(machine, Machine::Cpu);
@@ -89,7 +112,8 @@ pub fn profile(options: &Options, screen: &Screen) -> Result<(), CliError> {
             Ceilings { read_bytes_per_s: f64::NAN, dot_flops: f64::NAN }
         })
     };
-    let run = profile::Options { prompt: options.prompt, new: options.max_tokens, turns: options.repeats };
+    let prompt = options.prompt.unwrap_or(PROMPT);
+    let run = profile::Options { prompt, new: options.max_tokens, turns: options.repeats };
     let measured = profile::profile(&mut *program, &run, &mut ceilings)?;
     if let Some(error) = failed {
         return Err(error.into());
@@ -97,7 +121,7 @@ pub fn profile(options: &Options, screen: &Screen) -> Result<(), CliError> {
     let from = (&ready.artifact, &ready.target);
     let sampled = match options.check_rows {
         0 => None,
-        rows => Some(sampled::rows(&mut *program, from, options.prompt, rows)?),
+        rows => Some(sampled::rows(&mut *program, from, prompt, rows)?),
     };
 
     let title = format!("{}, {}, {place}", ready.manifest.model, ready.manifest.dtype);

@@ -4,6 +4,7 @@
 //! * Graph text through every pass, as `opt` runs them, with the verifier after each.
 //! * Kernel text and plan text: what verifies comes back from its own text.
 //! * Traces: what is read comes back from its own text.
+//! * Machine code of GPUs: what is read has blocks and loops.
 //! * Artifacts with valid digests, as a forger makes them, and something wrong in manifest, plan, graph, tokenizer or
 //!   template: everything but running them.
 //!
@@ -24,6 +25,9 @@ use llamac::compile::{Stage, lower};
 use llamac::judge::StoredBound;
 use llamac::model::Model;
 use llamac::pipeline::Request;
+use llamac::profile::gpus::GPUS;
+use llamac::profile::steady::Steady;
+use llamac::sass::{parse as parse_sass, rules};
 use models::{Config, Tokenizer};
 use proptest::prelude::*;
 use proptest::test_runner::TestRunner;
@@ -38,11 +42,12 @@ use std::sync::Arc;
 
 pub fn trials() -> Vec<Trial> {
     type Test = fn() -> Result<(), Failed>;
-    let tests: [(&str, Test); 5] = [
+    let tests: [(&str, Test); 6] = [
         ("graphs", graphs),
         ("kernels", kernels),
         ("plans", plans),
         ("traces", traces),
+        ("machine code", machine_code),
         ("artifacts", artifacts),
     ];
     tests.into_iter().map(|(name, test)| Trial::test(format!("fuzz {name}"), test)).collect()
@@ -176,6 +181,19 @@ fn traces() -> Result<(), Failed> {
 enum Part {
     Manifest,
     Section(&'static str),
+}
+
+/// What a damaged text says is counted, if it can be read at all.
+fn machine_code() -> Result<(), Failed> {
+    let text = include_str!("../sass/specialised.sass").to_string();
+    fuzz(&[text], 5000, |text| {
+        for code in parse_sass(text).unwrap_or_default() {
+            let _ = rules::specialised(&code).and_then(|()| rules::pipelined(&code));
+            if let Some(steady) = Steady::of(&code, 384, 1.0, &GPUS[0]) {
+                assert!(steady.serial() <= 1.0 && steady.overlapped() <= 1.0, "{steady:?}");
+            }
+        }
+    })
 }
 
 fn artifacts() -> Result<(), Failed> {

@@ -3,6 +3,7 @@
 //! * [`builtin`]: the built-in model writes what transformers writes with it.
 //! * [`lower`]: kernels as LLVM IR, assembly, objects and PTX.
 //! * [`ptxas`]: what NVIDIA's assemblers make of PTX, and what the command does with it.
+//! * [`sass`]: what is read in machine code of GPUs.
 //! * [`diff`]: the verbs `diff` and `plan --why`.
 //! * [`eval`]: the verb `eval` by the protocol of reference perplexities.
 //! * [`faults`]: faults planted in kernels, weights and plans, and what catches them.
@@ -46,6 +47,7 @@ mod random;
 mod readme;
 mod reference;
 mod reproducer;
+mod sass;
 mod skipped;
 mod stages;
 mod synchronisation;
@@ -65,6 +67,7 @@ fn main() {
     trials.extend(synchronisation::trials());
     trials.extend(lower::trials());
     trials.extend(ptxas::trials());
+    trials.extend(sass::trials());
     trials.extend(bad::trials());
     trials.extend(cli::trials());
     trials.extend(compare::trials());

@@ -206,6 +206,15 @@ fn refuses() {
     folder.ok("compile builtin -o plain.llamac --ctx 64");
     folder.ok("compile builtin -o tapped.llamac --ctx 64 --taps");
     let cases = [
+        (
+            "profile --static builtin --target cpu:native",
+            2,
+            "found --target cpu:native, expected cuda:sm_80, cuda:sm_90a",
+        ),
+        ("profile --static builtin --gpu b200", 2, "found b200, expected a100, h100, h200, rtx4090"),
+        ("profile --static builtin -p 512", 5, "context full: 512 positions in the cache and 1 more"),
+        ("profile --static builtin --threads 2", 2, "cannot be used with '--threads"),
+        ("profile builtin --gpu h100", 2, "--static"),
         ("profile plain.llamac", 4, "plain.llamac: has no taps; `compile --taps` makes code that has"),
         ("profile tapped.llamac --device null", 7, "there is no device `null with taps`"),
         (

@@ -96,6 +96,12 @@ fn rolled(ptx: &str) -> String {
     ptx.lines().map(|line| format!("{line}\n{}", pragma(line))).collect()
 }
 
+/// The machine code of PTX by the newest assembler, as text; none if it is to be done without.
+pub fn machine_code(name: &str, ptx: &str, sm: &str) -> Checked<Option<String>> {
+    let Some(ptxas) = assemblers(name)?.into_iter().next() else { return Ok(None) };
+    Ok(Some(sass(&clean(&ptxas, ptx, sm)?)?))
+}
+
 fn sass(cubin: &Cubin) -> Checked<String> {
     let nvdisasm =
         Tool::Nvdisasm.fetched().into_iter().next().ok_or("no nvdisasm: tools/ptxas fetches it")?;

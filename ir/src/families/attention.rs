@@ -87,7 +87,7 @@ pub fn schedules(view: &GroupView<'_>, vectors: &Vectors) -> Result<Vec<String>,
 
 /// Extents of an attention.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Shape {
+pub struct Shape {
     /// Positions of a step.
     pub steps: Dim,
     /// Query heads for each KV head.
@@ -103,7 +103,11 @@ pub(super) struct Shape {
 }
 
 /// The extents of a group that is one attention.
-pub(super) fn shape_of(view: &GroupView<'_>) -> Result<Shape, LowerError> {
+///
+/// # Errors
+///
+/// When it is anything else, or heads or capacity are not known.
+pub fn shape_of(view: &GroupView<'_>) -> Result<Shape, LowerError> {
     let [id] = view.values[..] else { return Err(view.unsupported("more than the attention")) };
     if !matches!(view.graph[id].op, Op::Attention { .. }) {
         return Err(view.unsupported("anything but attention"));

@@ -96,6 +96,48 @@ fn is_one_row(rows: &Dim) -> bool {
     rows.constant() == Some(1)
 }
 
+/// How a product of many rows is cut: each turn makes a tile.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ProductTile {
+    /// Rows.
+    pub rows: usize,
+    /// Columns of each stream.
+    pub columns: usize,
+    /// Depth of a step.
+    pub depth: usize,
+    /// Rows of tiles that neighbouring turns make together, column by column. Turns beyond the last row do nothing.
+    pub band: usize,
+}
+
+/// The tile of a schedule; `None` for that of one row.
+pub fn product_tile(schedule: &str) -> Option<ProductTile> {
+    if schedule.starts_with(BY_GROUPS) {
+        return hopper::gemm::Schedule::parse(schedule).ok().map(|s| s.tile());
+    }
+    let tile = |s: gemm::Schedule| ProductTile { rows: s.bm, columns: s.bn, depth: s.bk, band: 1 };
+    gemm::Schedule::parse(schedule).ok().map(tile)
+}
+
+/// How an attention is cut: each turn takes a tile of rows through keys. Heads are padded to 16.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct AttentionTile {
+    /// Rows.
+    pub rows: usize,
+    /// Keys of a step.
+    pub keys: usize,
+    /// Keys of a turn; 0 if it takes all that its rows see.
+    pub split: usize,
+}
+
+/// The tile of a schedule; `None` for that of a CPU.
+pub fn attention_tile(schedule: &str) -> Option<AttentionTile> {
+    if schedule.starts_with(BY_GROUPS) {
+        return hopper::flash::Schedule::parse(schedule).ok().map(|s| s.tile());
+    }
+    let tile = |s: tile::Schedule| AttentionTile { rows: 16 * s.warps, keys: s.keys, split: s.split };
+    tile::Schedule::parse(schedule).ok().map(tile)
+}
+
 /// The packings that a group's weights need, one a segment: rows of memory.
 pub fn packs(view: &GroupView<'_>, group: &dot::DotGroup) -> Vec<Pack> {
     let mut packs = dot::packs(view, group);

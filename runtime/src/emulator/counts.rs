@@ -129,6 +129,14 @@ impl KernelCounts {
         self.instructions[class as usize]
     }
 
+    /// Passes over the banks of shared memory for each that would do if no two lanes met; 1 if there are none.
+    pub fn conflict_factor(&self) -> f64 {
+        match self.shared_passes - self.bank_conflicts {
+            0 => 1.0,
+            free => self.shared_passes as f64 / free as f64,
+        }
+    }
+
     /// Counts what lanes move between registers and a memory.
     pub(super) fn moved(&mut self, space: Space, written: bool, bytes: u64) {
         match (space, written) {

@@ -11,8 +11,8 @@ use super::{ROWS, Ring, WARPS, panel, roles};
 use crate::dtype::DType;
 use crate::families::access::Lowering;
 use crate::families::attention::{Shape, shape_of};
-use crate::families::gpu::chunk;
 use crate::families::gpu::softmax::{Blocks, Ends, Positions, Rows, Softmax, operands};
+use crate::families::gpu::{AttentionTile, chunk};
 use crate::families::{GroupView, LowerError, Lowered};
 use crate::kernel::warpgroup::{Left, MapId, ROW_BYTES, WARPGROUP, Warpgroup};
 use crate::kernel::{BufferId, Builder, Expr, RegId, Type};
@@ -62,6 +62,11 @@ impl Schedule {
             true => Ok(Schedule { consumers, keys, stages }),
             false => Err("consumers must be 1 or 2, keys 32, 64 or 128, stages 2 to 4".to_string()),
         }
+    }
+
+    /// How an attention is cut.
+    pub fn tile(self) -> AttentionTile {
+        AttentionTile { rows: self.rows(), keys: self.keys, split: 0 }
     }
 
     fn rows(self) -> usize {

@@ -9,7 +9,7 @@ use crate::dtype::DType;
 use crate::families::access::Lowering;
 use crate::families::dot::{DotGroup, Segment, analyse, stored_left};
 use crate::families::gpu::gemm::{Finished, Sums};
-use crate::families::gpu::{chunk, pack_of};
+use crate::families::gpu::{ProductTile, chunk, pack_of};
 use crate::families::{GroupView, LowerError, Lowered};
 use crate::kernel::warpgroup::{Left, MapId, Warpgroup};
 use crate::kernel::{BufferId, Expr, RegId, Type};
@@ -55,6 +55,11 @@ impl Schedule {
                     .to_string())
             }
         }
+    }
+
+    /// How a product is cut.
+    pub fn tile(self) -> ProductTile {
+        ProductTile { rows: self.rows(), columns: self.bn, depth: panel(DType::BF16), band: self.band }
     }
 
     fn rows(self) -> usize {
