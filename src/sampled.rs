@@ -137,7 +137,7 @@ impl Walk<'_> {
         let mut whole = BTreeMap::new();
         for &id in &operands {
             if let Some(tensor) = self.operand(graph, id, &symbols, tap)? {
-                whole.insert(id, Rc::new(tensor));
+                whole.insert(id, tensor);
             }
         }
         let found = |(number, root)| Ok((number, stored::tensor(graph, self.plan, root, &symbols, tap)?));
@@ -171,7 +171,7 @@ impl Walk<'_> {
         id: ValueId,
         symbols: &[i64; MAX_SYMBOLS],
         tap: Tap<'_>,
-    ) -> Result<Option<Tensor>, SampledError> {
+    ) -> Result<Option<Rc<Tensor>>, SampledError> {
         Ok(match &graph[id].op {
             Op::Input { .. } | Op::Constant { .. } => None,
             Op::Weight { name } => {
@@ -179,17 +179,17 @@ impl Walk<'_> {
                     Some(weights) => weights,
                     None => self.weights.insert(self.weights_on(tap)),
                 };
-                Some((*weights.weight(name, &graph[id].ty)?).clone())
+                Some(weights.weight(name, &graph[id].ty)?)
             }
             _ => {
                 let (name, buffers) = (buffer_name(graph, id), &self.plan.buffers);
                 let buffer = buffers.iter().position(|buffer| buffer.name == name);
                 let tensor = buffer.and_then(|buffer| memory::stored(graph, id, symbols, &tap.bytes(buffer)));
-                Some(tensor.ok_or_else(|| StoredError::Place {
+                Some(Rc::new(tensor.ok_or_else(|| StoredError::Place {
                     entry: tap.entry.name.clone(),
                     value: graph[id].name.clone(),
                     launch: tap.launch,
-                })?)
+                })?))
             }
         })
     }
