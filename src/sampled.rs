@@ -15,7 +15,7 @@ use ir::DType;
 use ir::dim::MAX_SYMBOLS;
 use ir::families::{GroupView, storage};
 use ir::graph::{Graph, ValueId};
-use ir::interp::{InterpError, Rounding, Tensor};
+use ir::interp::{InterpError, Tensor};
 use ir::op::Op;
 use ir::plan::{Give, Place, Plan};
 use runtime::artifact::Artifact;
@@ -65,7 +65,7 @@ pub fn rows(
 ) -> Result<Sampled, SampledError> {
     let plan = program.plan().clone();
     let graphs = stored::fused(artifact, target, &plan)?;
-    let mut walk = Walk { artifact, target, plan: &plan, rows, weights: None, sampled: Sampled::default() };
+    let mut walk = Walk { artifact, plan: &plan, rows, weights: None, sampled: Sampled::default() };
     let mut state = program.state()?;
     let vocab = program.vocab() as i32;
     let tokens: Vec<i32> = (0..=prompt as i32).map(|i| (i * 7 + 1) % vocab).collect();
@@ -91,7 +91,6 @@ pub fn rows(
 
 struct Walk<'a> {
     artifact: &'a Artifact,
-    target: &'a TargetCode,
     plan: &'a Plan,
     rows: usize,
     /// With the weights as the device has them.
@@ -127,19 +126,22 @@ impl Walk<'_> {
             .collect();
         let is_cache = |&id: &ValueId| matches!(graph[storage(graph, id)].op, Op::State { .. });
         let computed = operands.iter().filter(|id| graph[**id].group.is_some() && !is_cache(id));
-        let by_row = |id: &ValueId| rows_of(graph, *id) == Rows::Token;
-        if !view.roots.iter().all(|root| by_row(root) && !is_cache(root)) || !computed.clone().all(by_row) {
+        let by_row = |id: &ValueId| by_token(graph, *id, tokens.len());
+        // By their numbers among the roots.
+        let roots: Vec<(usize, ValueId)> = view.roots.iter().copied().enumerate().collect();
+        let roots: Vec<_> = roots.into_iter().filter(|(_, root)| by_row(root) && !is_cache(root)).collect();
+        if roots.is_empty() || !computed.clone().all(by_row) {
             self.sampled.left_out.insert(kernel);
             return Ok(());
         }
         let mut whole = BTreeMap::new();
         for &id in &operands {
             if let Some(tensor) = self.operand(graph, id, &symbols, tap)? {
-                whole.insert(id, Rc::new(tensor));
+                whole.insert(id, tensor);
             }
         }
-        let found = view.roots.iter().map(|&root| stored::tensor(graph, self.plan, root, &symbols, tap));
-        let found = found.collect::<Result<Vec<_>, _>>()?;
+        let found = |(number, root)| Ok((number, stored::tensor(graph, self.plan, root, &symbols, tap)?));
+        let found = roots.into_iter().map(found).collect::<Result<Vec<_>, StoredError>>()?;
         let mut shares = Shares::default();
         for row in spread(tokens.len(), self.rows) {
             let ids = |x: i32| Rc::new(Tensor::new(DType::I32, &[1], &[f64::from(x)]));
@@ -151,8 +153,8 @@ impl Walk<'_> {
             };
             let expected = expect(view, &of(1, past + row), &mut operand)?;
             self.sampled.rows += 1;
-            for (found, expected) in found.iter().zip(&expected) {
-                match expected.check(&row_of(found, row)) {
+            for (number, found) in &found {
+                match expected[*number].check(&row_of(found, row)) {
                     Ok(of_row) => shares = shares.worst(of_row),
                     Err(mismatch) => self.sampled.wrong.push(format!("{kernel}, row {row}: {mismatch}")),
                 }
@@ -169,54 +171,48 @@ impl Walk<'_> {
         id: ValueId,
         symbols: &[i64; MAX_SYMBOLS],
         tap: Tap<'_>,
-    ) -> Result<Option<Tensor>, SampledError> {
+    ) -> Result<Option<Rc<Tensor>>, SampledError> {
         Ok(match &graph[id].op {
             Op::Input { .. } | Op::Constant { .. } => None,
             Op::Weight { name } => {
                 let weights = match &mut self.weights {
                     Some(weights) => weights,
-                    None => self.weights.insert(self.weights_on(tap)?),
+                    None => self.weights.insert(self.weights_on(tap)),
                 };
-                Some((*weights.weight(name, &graph[id].ty)?).clone())
+                Some(weights.weight(name, &graph[id].ty)?)
             }
             _ => {
                 let (name, buffers) = (buffer_name(graph, id), &self.plan.buffers);
                 let buffer = buffers.iter().position(|buffer| buffer.name == name);
                 let tensor = buffer.and_then(|buffer| memory::stored(graph, id, symbols, &tap.bytes(buffer)));
-                Some(tensor.ok_or_else(|| StoredError::Place {
+                Some(Rc::new(tensor.ok_or_else(|| StoredError::Place {
                     entry: tap.entry.name.clone(),
                     value: graph[id].name.clone(),
                     launch: tap.launch,
-                })?)
+                })?))
             }
         })
     }
 
     /// The weights as the device has them.
-    fn weights_on(&self, tap: Tap<'_>) -> Result<InterpretedProgram, DeviceError> {
+    fn weights_on(&self, tap: Tap<'_>) -> InterpretedProgram {
         let mut bytes = vec![0; self.plan.weight_bytes()];
         for (number, buffer) in self.plan.buffers.iter().enumerate() {
             if let Place::Weight { offset, .. } = buffer.place {
                 bytes[offset..][..buffer.bytes].copy_from_slice(&tap.bytes(number)[..buffer.bytes]);
             }
         }
-        InterpretedProgram::with_weights(self.artifact, self.target, bytes, Rounding::Stored)
+        InterpretedProgram::of_weights(self.artifact, self.plan.clone(), bytes)
     }
 }
 
-/// What the first axis of a value counts.
-#[derive(PartialEq, Eq)]
-enum Rows {
-    /// Tokens, and no other axis does.
-    Token,
-    Other,
-}
-
-fn rows_of(graph: &Graph, id: ValueId) -> Rows {
+/// Is the first axis of a value that of the step's tokens, and no other? In a step of one token an axis of one is as good.
+fn by_token(graph: &Graph, id: ValueId, tokens: usize) -> bool {
     let shape = &graph[id].ty.shape;
-    let one = |tokens| shape.first().map(|dim| dim.eval(&[tokens, 0, 0, 0]));
-    let constant = shape.iter().skip(1).all(|dim| dim.constant().is_some());
-    if constant && one(1) == Some(1) && one(2) == Some(2) { Rows::Token } else { Rows::Other }
+    let rows = |tokens: i64| shape.first().map(|dim| dim.eval(&[tokens, 0, 0, 0]));
+    let (tokens, others) = (tokens as i64, shape.iter().skip(1));
+    let grows = tokens == 1 || rows(tokens + 1) == Some(tokens + 1);
+    rows(tokens) == Some(tokens) && grows && others.into_iter().all(|dim| dim.constant().is_some())
 }
 
 /// A row of a tensor, as a tensor of one.

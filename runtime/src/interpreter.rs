@@ -11,7 +11,7 @@
 use crate::artifact::Artifact;
 use crate::cpu::{read_plan, weights_of};
 use crate::device::{Device, DeviceError, Program, State, Step, StepOutputs, Want};
-use crate::manifest::{GRAPH, Manifest, TargetCode};
+use crate::manifest::{GRAPH, Manifest};
 use crate::map::FileBytes;
 use ir::dim::MAX_SYMBOLS;
 use ir::dtype::DType;
@@ -61,31 +61,6 @@ impl InterpretedProgram {
         let target = manifest.targets.first().ok_or_else(none)?;
         let plan = read_plan(artifact, target)?;
         let weights = weights_of(artifact, target, &plan)?;
-        InterpretedProgram::of(artifact, plan, weights, rounding)
-    }
-
-    /// Loads an artifact with weights that are not in it, in the order of a target's plan: a device may have made them.
-    ///
-    /// # Errors
-    ///
-    /// As [`Device::load`].
-    pub fn with_weights(
-        artifact: &Artifact,
-        target: &TargetCode,
-        weights: Vec<u8>,
-        rounding: Rounding,
-    ) -> Result<InterpretedProgram, DeviceError> {
-        let (plan, all) = (read_plan(artifact, target)?, 0..weights.len());
-        InterpretedProgram::of(artifact, plan, Some((Arc::new(weights), all)), rounding)
-    }
-
-    fn of(
-        artifact: &Artifact,
-        plan: Plan,
-        weights: Option<(FileBytes, Range<usize>)>,
-        rounding: Rounding,
-    ) -> Result<InterpretedProgram, DeviceError> {
-        let manifest: Manifest = artifact.manifest()?;
         let bad = |said: String| bad_graph(artifact.file().to_path_buf(), said);
         let text = std::str::from_utf8(artifact.require(GRAPH)?).map_err(|e| bad(e.to_string()))?;
         let mut graphs = HashMap::new();
@@ -103,6 +78,21 @@ impl InterpretedProgram {
         }
         let (file, context) = (artifact.file().to_path_buf(), manifest.context);
         Ok(InterpretedProgram { file, plan, context, graphs, weights, decoded: HashMap::new(), rounding })
+    }
+
+    /// The weights alone, of a plan and in its order, to be asked for by [`InterpretedProgram::weight`]: a device may have made
+    /// them. There is no graph to run.
+    pub fn of_weights(artifact: &Artifact, plan: Plan, weights: Vec<u8>) -> InterpretedProgram {
+        let (all, context) = (0..weights.len(), plan.context);
+        InterpretedProgram {
+            file: artifact.file().to_path_buf(),
+            plan,
+            context,
+            graphs: HashMap::new(),
+            weights: Some((Arc::new(weights), all)),
+            decoded: HashMap::new(),
+            rounding: Rounding::Stored,
+        }
     }
 
     /// Takes the weights of another program of the same model, rounded to the dtypes of this one.

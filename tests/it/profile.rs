@@ -2,6 +2,7 @@
 
 use crate::Checked;
 use crate::command::Place as Folder;
+use crate::reproducer::rewrite;
 use ir::DType;
 use ir::plan::Place;
 use libtest_mimic::Trial;
@@ -21,6 +22,7 @@ pub fn trials() -> Vec<Trial> {
     vec![
         Trial::test("profile taps", || Ok(taps()?)),
         Trial::test("profile tells", || Ok(tells()?)),
+        Trial::test("profile judges rows", || Ok(rows()?)),
         Trial::test("profile refuses", || {
             refuses();
             Ok(())
@@ -197,6 +199,41 @@ fn tells() -> Checked<()> {
         assert_eq!(name["args"]["name"], format!("worker {}", worker - 1));
     }
     assert!(lane(THREADS + 1).is_empty());
+    Ok(())
+}
+
+/// An emulated GPU makes the weights, and rows of every kernel are right; by a graph with another scale of attention they are not.
+fn rows() -> Checked<()> {
+    let folder = Folder::new();
+    folder
+        .ok("compile builtin -o right.llamac --ctx 96 --taps --no-weights --dtype bf16 --target cuda:sm_80");
+    let profile = |file: &str| {
+        folder.run(&format!(
+            "profile {file} --device ptx-emulator:sm_80 -p 17 -n 1 -r 1 --check-rows 3 --random-weights 5 --json"
+        ))
+    };
+    let said = profile("right.llamac");
+    assert_eq!(said.exit, Some(0), "{}", said.err);
+    let told = said.json();
+    assert_eq!((&told["weights_seed"], &told["threads"]), (&Value::from(5), &Value::Null));
+    let checked = &told["checked"];
+    let kernels = checked["kernels"].as_object().ok_or("no kernels")?;
+    assert!(kernels.len() >= 10, "{checked}");
+    assert_eq!(checked["wrong"].as_array().map(Vec::len), Some(0), "{checked}");
+
+    let right = Artifact::open(&folder.path("right.llamac"))?;
+    let fused = String::from_utf8(right.require("fused.cuda:sm_80")?.to_vec())?;
+    let other = fused.replace("scale = 0.17", "scale = 0.27");
+    assert_ne!(fused, other);
+    rewrite(&folder, "wrong.llamac", &[("fused.", other.as_bytes())])?;
+    let said = profile("wrong.llamac");
+    assert_eq!(said.exit, Some(1), "{}", said.err);
+    let told = said.json();
+    let wrong = told["checked"]["wrong"].as_array().ok_or("nothing is wrong")?;
+    assert!(
+        !wrong.is_empty() && wrong.iter().all(|wrong| wrong.as_str().is_some_and(|w| w.starts_with("a"))),
+        "{wrong:?}"
+    );
     Ok(())
 }
 
