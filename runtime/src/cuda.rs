@@ -7,7 +7,9 @@
 //! caches. All work is in the order of one stream.
 //!
 //! An entry point whose launches are the same at every step ([`GpuCode::is_constant`]: decode) is recorded as one CUDA graph
-//! when a state first runs it, and replayed from then on: tokens and positions lie in buffers that are written before.
+//! when a state first runs it, and replayed from then on: tokens and positions lie in buffers that are written before. The
+//! last node writes the chosen token and the position behind for the next step: who goes on with that token sends nothing, and
+//! four bytes come back.
 
 pub mod context;
 pub mod driver;
@@ -126,6 +128,10 @@ pub struct CudaProgram {
     arena: Buffer,
     /// By their buffer's number in the plan.
     inputs: BTreeMap<usize, Buffer>,
+    /// Ends a recorded step.
+    advance: Arc<Module>,
+    /// The entry point that wrote its own next tokens and positions, and what they are.
+    ahead: Option<(usize, [Vec<u8>; 2])>,
 }
 
 /// The caches of a conversation, in the GPU's memory.
@@ -171,6 +177,8 @@ impl CudaProgram {
         }
         let arena = zeroed(code.plan.arena_bytes)?;
         let inputs = buffers(&code.plan, &Place::Input, &context)?;
+        let mut advance = Module::load(&context, &Image::Ptx(include_str!("cuda/advance.ptx")))?;
+        advance.add("advance", "k_advance", 0)?;
         Ok(CudaProgram {
             file: artifact.file().to_path_buf(),
             manifest_context: manifest.context,
@@ -180,6 +188,8 @@ impl CudaProgram {
             weights,
             arena,
             inputs,
+            advance: Arc::new(advance),
+            ahead: None,
         })
     }
 
@@ -207,8 +217,12 @@ impl CudaProgram {
             return Err(DeviceError::ForeignState);
         }
         let Entry { tokens, positions, .. } = self.code.plan.entries[number];
-        for (buffer, bytes) in [tokens, positions].into_iter().zip(step.inputs(past)) {
-            self.inputs[&buffer].write(0, &bytes)?;
+        let held = step.inputs(past);
+        let ahead = self.ahead.take();
+        if ahead.is_none_or(|(entry, next)| entry != number || next != held) {
+            for (buffer, bytes) in [tokens, positions].into_iter().zip(&held) {
+                self.inputs[&buffer].write(0, bytes)?;
+            }
         }
 
         let calls = |caches: &Caches| {
@@ -219,11 +233,13 @@ impl CudaProgram {
             let addresses: Vec<u64> = (0..self.code.plan.buffers.len()).map(address).collect();
             self.code.calls(number, &addresses, &symbols, CTAS_PER_SM * self.context.gpu.sms)
         };
+        let replayed = after.is_none() && self.code.is_constant(number);
         match after {
             Some(after) => self.tapped(number, &calls(caches), caches, after)?,
-            None if self.code.is_constant(number) => {
+            None if replayed => {
                 if !caches.graphs.contains_key(&number) {
-                    caches.graphs.insert(number, self.module.record(&calls(caches).concat())?);
+                    let end = self.advance(number).map(|call| (&self.advance, call));
+                    caches.graphs.insert(number, self.module.record(&calls(caches).concat(), end)?);
                 }
                 caches.graphs[&number].launch()?;
             }
@@ -243,7 +259,28 @@ impl CudaProgram {
         let entry = &self.code.plan.entries[number];
         let outputs = StepOutputs::of(step, entry, self.code.plan.vocab, read)?;
         state.advance(step.tokens.len());
+        if let (true, Some(token)) = (replayed && self.advance(number).is_some(), outputs.token) {
+            let next = Step { tokens: &[token], ..*step };
+            self.ahead = Some((number, next.inputs(state.past())));
+        }
         Ok(outputs)
+    }
+
+    /// The end of an entry point's recorded step, if it is of one token and chooses the next.
+    fn advance(&self, entry: usize) -> Option<gpu::Call> {
+        let Entry { tokens, positions, token, ref symbols, .. } = self.code.plan.entries[entry];
+        let chosen = token.filter(|_| symbols.0.first().is_some_and(|t| t.max == 1))?;
+        let Place::Arena { offset } = self.code.plan.buffers[chosen].place else { return None };
+        let chosen = self.arena.address() + offset as u64;
+        let params = [chosen, self.inputs[&tokens].address(), self.inputs[&positions].address()];
+        Some(gpu::Call {
+            phase: 0,
+            ctas: 1,
+            threads: 1,
+            shared_bytes: 0,
+            params: params.iter().flat_map(|address| address.to_le_bytes()).collect(),
+            maps: Vec::new(),
+        })
     }
 
     /// Launches one by one, each between two events.

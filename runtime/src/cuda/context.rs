@@ -412,12 +412,16 @@ impl Module {
         asked.map_err(failed)
     }
 
-    /// Records launches instead of doing them.
+    /// Records launches instead of doing them, with one of another module at the end.
     ///
     /// # Errors
     ///
     /// As [`Module::launch`]; or what the driver says of the recording.
-    pub fn record(self: &Arc<Module>, calls: &[Call]) -> Result<Graph, DeviceError> {
+    pub fn record(
+        self: &Arc<Module>,
+        calls: &[Call],
+        end: Option<(&Arc<Module>, Call)>,
+    ) -> Result<Graph, DeviceError> {
         let context = &self.context;
         // Relaxed, because a driver may load a kernel only when it is first launched, which other modes refuse.
         let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED;
@@ -426,6 +430,7 @@ impl Module {
             (driver.cuStreamBeginCapture_v2)(context.stream, mode)
         })?;
         let launched = calls.iter().try_for_each(|call| self.launch(call));
+        let launched = launched.and_then(|()| end.iter().try_for_each(|(module, call)| module.launch(call)));
         let mut recorded = ptr::null_mut();
         // Also where a launch was refused: the stream records until it is told to stop.
         // SAFETY: invariants 1 to 3.
@@ -445,7 +450,7 @@ impl Module {
             let _ = context.ask("cuGraphDestroy", |driver| unsafe { (driver.cuGraphDestroy)(recorded) });
         }
         made?;
-        Ok(Graph { module: self.clone(), graph })
+        Ok(Graph { module: self.clone(), _end: end.map(|(module, _)| module.clone()), graph })
     }
 }
 
@@ -459,6 +464,8 @@ impl Drop for Module {
 /// Recorded launches.
 pub struct Graph {
     module: Arc<Module>,
+    /// Its code is the graph's too.
+    _end: Option<Arc<Module>>,
     graph: sys::CUgraphExec,
 }
 

@@ -104,9 +104,43 @@ fn prompts_and_steps_give_what_the_model_says() {
     assert_eq!(outputs, StepOutputs { token: Some(3), logits: vec![] });
     // One graph a state, whatever the position; prompts launch their kernels one by one.
     assert_eq!((count("cuGraphInstantiateWithFlags"), count("cuGraphLaunch")), (2, 7));
-    assert_eq!(count("cuLaunchKernel"), 2 * 2 + 2 * 2);
+    // A recorded step ends with one that goes on to the next.
+    assert_eq!(count("cuLaunchKernel"), 2 * 2 + 2 * (2 + 1));
     drop((program, state, other));
     assert_eq!(with(|fake| fake.live), 0, "something was not given back");
+}
+
+#[test]
+fn the_next_step_finds_its_token_on_the_gpu() {
+    let mut program = program(&[]).unwrap();
+    let (mut state, mut other) = (program.state().unwrap(), program.state().unwrap());
+    let mut step = |token: i32, state: &mut State| {
+        let before = (count("cuMemcpyHtoD_v2"), count("cuMemcpyDtoH_v2"));
+        let outputs = program.run(&Step { tokens: &[token], want: Want::Token }, state).unwrap();
+        let sent = count("cuMemcpyHtoD_v2") - before.0;
+        assert_eq!(count("cuMemcpyDtoH_v2") - before.1, 1);
+        (outputs.token.unwrap(), sent)
+    };
+    let mut tokens = vec![3];
+    for number in 0..5 {
+        let (next, sent) = step(*tokens.last().unwrap(), &mut state);
+        // Nothing but the first token is sent. (The model chooses the position.)
+        assert_eq!((next, sent), (number, if number == 0 { 2 } else { 0 }));
+        tokens.push(next);
+    }
+    // Another token, another conversation, or the same one at another place: they are sent.
+    let wanted = tokens[5];
+    let different = (wanted + 1) % 16;
+    assert_eq!(step(different, &mut state).1, 2);
+    assert_eq!(step(wanted, &mut other).1, 2);
+    let next = step(5, &mut other).0;
+    other.truncate(0);
+    assert_eq!(step(next, &mut other).1, 2);
+    // What was kept on the GPU is what the cache holds.
+    tokens[5] = different;
+    tokens.push(9);
+    let outputs = program.run(&Step { tokens: &[9], want: Want::Logits }, &mut state).unwrap();
+    assert_eq!(outputs.logits, logits(&tokens));
 }
 
 #[test]
@@ -190,7 +224,7 @@ DONE:
         let outputs = program.run(&step, &mut state).unwrap();
         assert_eq!(outputs.token, Some(expected));
     }
-    assert_eq!(count("cuLaunchKernel"), 3, "recorded once");
+    assert_eq!(count("cuLaunchKernel"), 3 + 1, "recorded once");
     let outputs = program.run_tapped(&step, &mut state, &mut |tap| spans.push(tap.span())).unwrap();
     assert_eq!(outputs.token, Some(4));
     assert_eq!(spans, [0.0..1e-3, 1e-3..3e-3]);
@@ -324,9 +358,10 @@ fn machine_code_that_the_driver_refuses_leaves_the_ptx() {
     // The fake takes PTX alone, whichever section it is in.
     let cubin = [("cubin.cuda:sm_80", PTX), ("code.cuda:sm_80", "none")];
     program(&cubin).unwrap();
-    assert_eq!(count("cuModuleLoadDataEx"), 1);
-    program(&[("cubin.cuda:sm_80", "\u{7f}ELF")]).unwrap();
+    // One is of the program itself.
     assert_eq!(count("cuModuleLoadDataEx"), 2);
+    program(&[("cubin.cuda:sm_80", "\u{7f}ELF")]).unwrap();
+    assert_eq!(count("cuModuleLoadDataEx"), 3);
 }
 
 #[test]
