@@ -286,6 +286,7 @@ pub fn compute(
         Op::Gather => gather(value, &operands[0], &operands[1])?,
         Op::ScatterAdd => scatter_add(value, &operands[0], &operands[1], &operands[2])?,
         Op::Attention { causal, scale } => attention(operands, *causal, *scale),
+        Op::AttentionLse { causal, scale } => attention_lse(operands, *causal, *scale),
         Op::CacheAppend => cache_append(value, &operands[0], &operands[1], &operands[2])?,
         Op::Quantize => quantize(value, &operands[0])?,
         Op::Argmax => argmax(&operands[0]),
@@ -462,16 +463,18 @@ fn cache_append(value: &Value, cache: &Tensor, rows: &Tensor, pos: &Tensor) -> R
     Ok(out)
 }
 
-/// Softmax over the slots that a row sees, as [`crate::graph::Builder::attention_expanded`] spells it out.
-fn attention(operands: &[Rc<Tensor>], causal: bool, scale: f64) -> Vec<f64> {
-    let [q, k, v, pos] = [0, 1, 2, 3].map(|i| &*operands[i]);
+/// Shows for each position and head the scores of the slots that it sees, and where a slot's row lies in the cache.
+fn each_row(
+    [q, k, pos]: [&Tensor; 3],
+    causal: bool,
+    scale: f64,
+    mut show: impl FnMut(&[f64], &dyn Fn(usize) -> std::ops::Range<usize>),
+) {
     let &[tokens, heads, d] = &q.shape[..] else { panic!("queries have three axes") };
     let &[kv_heads, slots, _] = &k.shape[..] else { panic!("a cache has three axes") };
     let newest = pos.data.iter().copied().fold(f64::NEG_INFINITY, larger);
-    let mut out = Vec::with_capacity(tokens * heads * d);
     for t in 0..tokens {
         let last = if causal { pos.data[t] } else { newest };
-        // Slots 0..=last. A row that sees none has the sum of nothing below it: NaN, as a softmax of -inf has.
         let seen = (0..slots).filter(|&slot| slot as f64 <= last).count();
         for head in 0..heads {
             let q = &q.data[(t * heads + head) * d..][..d];
@@ -479,19 +482,36 @@ fn attention(operands: &[Rc<Tensor>], causal: bool, scale: f64) -> Vec<f64> {
             let at = |slot: usize| (kv_head * slots + slot) * d..(kv_head * slots + slot + 1) * d;
             let scores: Vec<f64> =
                 (0..seen).map(|slot| scale * sum_of_products(q, &k.data[at(slot)])).collect();
-            let max = scores.iter().copied().fold(f64::NEG_INFINITY, larger);
-            let weights: Vec<f64> = scores.iter().map(|score| (score - max).exp()).collect();
-            let sum: f64 = weights.iter().sum();
-            let mut row = vec![0.0; d];
-            for (slot, weight) in weights.iter().enumerate() {
-                row.iter_mut().zip(&v.data[at(slot)]).for_each(|(out, v)| *out += weight / sum * v);
-            }
-            if seen == 0 {
-                row.fill(f64::NAN);
-            }
-            out.extend(row);
+            show(&scores, &at);
         }
     }
+}
+
+/// `max + ln Σ exp(score - max)`; of a row that sees nothing NaN, as its attention is.
+fn attention_lse(operands: &[Rc<Tensor>], causal: bool, scale: f64) -> Vec<f64> {
+    let mut out = Vec::new();
+    each_row([0, 1, 2].map(|n| &*operands[n]), causal, scale, |scores, _| {
+        let max = scores.iter().copied().fold(f64::NEG_INFINITY, larger);
+        out.push(max + scores.iter().map(|score| (score - max).exp()).sum::<f64>().ln());
+    });
+    out
+}
+
+/// Softmax over the slots that a row sees, as [`crate::graph::Builder::attention_expanded`] spells it out.
+fn attention(operands: &[Rc<Tensor>], causal: bool, scale: f64) -> Vec<f64> {
+    let [q, k, v, pos] = [0, 1, 2, 3].map(|i| &*operands[i]);
+    let mut out = Vec::with_capacity(q.data.len());
+    each_row([q, k, pos], causal, scale, |scores, at| {
+        let max = scores.iter().copied().fold(f64::NEG_INFINITY, larger);
+        let weights: Vec<f64> = scores.iter().map(|score| (score - max).exp()).collect();
+        let sum: f64 = weights.iter().sum();
+        // A row that sees no slot has the sum of nothing below it: NaN, as a softmax of -inf has.
+        let mut row = vec![if scores.is_empty() { f64::NAN } else { 0.0 }; q.shape[2]];
+        for (slot, weight) in weights.iter().enumerate() {
+            row.iter_mut().zip(&v.data[at(slot)]).for_each(|(out, v)| *out += weight / sum * v);
+        }
+        out.extend(row);
+    });
     out
 }
 

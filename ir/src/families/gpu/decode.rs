@@ -41,7 +41,7 @@ pub fn lower(view: &GroupView<'_>, s: Schedule) -> Result<Lowered, LowerError> {
                 let part = k.let_("at", (step * heads + query) * splits + split.clone());
                 tile.each_pair(k, half, |k, column, sum| k.store(parts, &[part.clone(), column], sum));
                 let highest = tile.highest(k, half);
-                k.if_((lane.clone() % 4usize).compare(Compare::Eq, 0usize), |k| {
+                k.if_(tile.first_of_row(), |k| {
                     k.store(parts, &[part, a.d.into()], highest.join(total));
                 });
             });
@@ -78,7 +78,7 @@ pub fn lower(view: &GroupView<'_>, s: Schedule) -> Result<Lowered, LowerError> {
             let at = k.let_("at", part(split));
             let of = k.load(parts, &[at.clone(), a.d.into()], 2);
             let of = k.let_("of", of);
-            let weight = k.let_("weight", a.decay(of.clone().lanes(0, 1), highest));
+            let weight = k.let_("weight", a.decay(of.clone().lanes(0, 1), highest.clone()));
             let more = of.lanes(1, 1).fma(weight.clone(), k.get(total, &[]));
             k.set(total, &[], more);
             k.unroll("b", blocks, |k, b| {
@@ -87,6 +87,8 @@ pub fn lower(view: &GroupView<'_>, s: Schedule) -> Result<Lowered, LowerError> {
                 k.set(sums, &[b], sum);
             });
         });
+        let first = lane.clone().compare(Compare::Eq, 0usize);
+        a.store_lse(k, first, [step.clone(), query.clone()], highest, k.get(total, &[]));
         k.unroll("b", blocks, |k, b| {
             let at = [step, query, k.let_("column", column(b.clone()))];
             let (sum, total) = (k.get(sums, &[b]), k.get(total, &[]));

@@ -21,6 +21,8 @@ pub fn lower(view: &GroupView<'_>, s: Schedule) -> Result<Lowered, LowerError> {
         let rows = a.rows(k, head, first);
         let tile = Tile::run(k, &rows, [0usize.into(), rows.whole.clone(), rows.end.clone()]);
         tile.each_row(k, &rows, |k, half, [step, query], total| {
+            let row = [step.clone(), query.clone()];
+            a.store_lse(k, tile.first_of_row(), row, tile.highest(k, half), total.clone());
             tile.each_pair(k, half, |k, column, sum| a.store(k, a.d, [step, query, column], sum, total));
         });
         // The next turn copies over what others may still read.

@@ -138,6 +138,8 @@ pub(super) struct Attention {
     v: BufferId,
     pos: BufferId,
     out: BufferId,
+    /// The logarithms of the sums, `[position, head]`, if they are wanted.
+    lse: Option<BufferId>,
     /// In shared memory: `[row, column]`, `[2, key, column]`, and for f32 weights `[row, key]`.
     tile_q: BufferId,
     tile_k: BufferId,
@@ -172,6 +174,7 @@ impl Attention {
         let (k, v) = (l.tensor("k", operands[1], Access::Read), l.tensor("v", operands[2], Access::Read));
         let pos = l.tensor("pos", operands[3], Access::Read);
         let out = l.tensor("out", view.values[0], Access::Write);
+        let lse = view.values.get(1).map(|&lse| l.tensor("lse", lse, Access::Write));
         let (d, bm) = (padded(shape.d), 16 * s.warps);
         let pitch = d + chunk(dtype);
         let tile_q = l.k.shared("tile_q", dtype, &[bm, d], pitch);
@@ -180,7 +183,24 @@ impl Attention {
         let weights =
             (dtype == DType::F32).then(|| l.k.shared("weights", DType::F32, &[bm, s.keys], s.keys + 4));
         let warp = l.warp();
-        Ok(Attention { s, shape, causal, d, scale, q, k, v, pos, out, tile_q, tile_k, tile_v, weights, warp })
+        Ok(Attention {
+            s,
+            shape,
+            causal,
+            d,
+            scale,
+            q,
+            k,
+            v,
+            pos,
+            out,
+            lse,
+            tile_q,
+            tile_k,
+            tile_v,
+            weights,
+            warp,
+        })
     }
 
     /// Rows of a KV head.
@@ -246,6 +266,19 @@ impl Attention {
             None => ((old - new) * Expr::f32(self.factor(), 1)).exp2(),
             Some(_) => (old - new).unary(Unary::Exp),
         }
+    }
+
+    /// Stores the logarithm of a row's sum where it is wanted and `first` holds: its weights are relative to the highest score.
+    pub fn store_lse(&self, k: &mut Builder, first: Expr, at: [Expr; 2], highest: Expr, total: Expr) {
+        let Some(lse) = self.lse else { return };
+        k.if_(first, |k| {
+            let sum = total.unary(Unary::Log);
+            let whole = match self.weights {
+                None => highest.fma(Expr::f32(self.scale, 1), sum),
+                Some(_) => highest + sum,
+            };
+            k.store(lse, &at, whole);
+        });
     }
 
     /// Stores two of so many columns of a row, if the head has them: their sums by the sum of the weights.
@@ -405,6 +438,11 @@ impl<'a> Tile<'a> {
             let sum = self.pair(k, self.sums, &j, half);
             show(k, column, sum);
         });
+    }
+
+    /// Is this thread the first of its rows'?
+    pub fn first_of_row(&self) -> Expr {
+        (self.lane.clone() % 4usize).compare(Compare::Eq, 0usize)
     }
 
     /// The highest score of a row of this thread.
