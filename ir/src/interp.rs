@@ -811,10 +811,14 @@ mod tests {
 
     /// One head, three slots, d = 1, keys 0, ln 2, ln 3 for a query of 1: weights 1 : 2 : 3.
     fn attention_of(causal: bool, pos: [f64; 2]) -> Vec<f64> {
+        of_attention("attention %q, %k, %v, %p", "f64[T, 1, 1]", causal, pos)
+    }
+
+    fn of_attention(op: &str, ty: &str, causal: bool, pos: [f64; 2]) -> Vec<f64> {
         let body = format!(
             "%q = input \"q\" : f64[T, 1, 1]\n%k = input \"k\" : f64[1, 3, 1]\n%v = input \"v\" : f64[1, 3, 1]\n\
-            %p = input \"p\" : i32[T]\n%y = attention %q, %k, %v, %p {{ causal = {causal}, scale = 0.5 }} : \
-            f64[T, 1, 1]\noutput \"y\" = %y : f64[T, 1, 1]"
+            %p = input \"p\" : i32[T]\n%y = {op} {{ causal = {causal}, scale = 0.5 }} : {ty}\n\
+            output \"y\" = %y : {ty}"
         );
         let k = [0.0, 2f64.ln(), 3f64.ln()];
         run(&body, &[("q", &[2.0, 2.0]), ("k", &k), ("v", &[6.0, 12.0, 18.0]), ("p", &pos)])
@@ -827,6 +831,9 @@ mod tests {
         assert_near(&attention_of(true, [0.0, 1.0]), &[6.0, 10.0]);
         assert_near(&attention_of(false, [0.0, 1.0]), &[10.0, 10.0]);
         assert!(attention_of(true, [-1.0, 0.0])[0].is_nan());
+        // The exponentials are 1, 2 and 3; as stored in f32.
+        let sums = of_attention("attention_lse %q, %k, %p", "f32[T, 1]", true, [1.0, 2.0]);
+        assert_eq!(sums, [3.0f64, 6.0].map(|sum| f64::from(sum.ln() as f32)));
     }
 
     #[test]
