@@ -37,6 +37,7 @@ pub fn cost(view: &GroupView<'_>, symbols: &[i64; MAX_SYMBOLS], past: i64) -> Co
         for (number, &operand) in value.operands.iter().enumerate() {
             let cache = match value.op {
                 Op::Attention { .. } => number == 1 || number == 2, // counted by tiles above
+                Op::AttentionLse { .. } => number == 1,
                 Op::CacheAppend => number == 0,
                 _ => false,
             };

@@ -572,6 +572,22 @@ pub fn infer(op: &Op, operands: &[&TensorType], hint: &TensorType) -> Result<Ten
             agree(matches!(heads, (Some(h), Some(g)) if g > 0 && h % g == 0), "heads and KV heads")?;
             Ok(q.clone())
         }
+        Op::AttentionLse { .. } => {
+            count(3)?;
+            (0..2).try_for_each(|i| rank(i, 3))?;
+            rank(2, 1)?;
+            integer(2)?;
+            float(0)?;
+            let (q, k) = (operands[0], operands[1]);
+            if q.dtype != k.dtype {
+                return Err(TypeError::DTypes(q.dtype, k.dtype));
+            }
+            agree(q.shape[2] == k.shape[2], "head sizes")?;
+            agree(q.shape[0] == operands[2].shape[0], "queries and positions")?;
+            let heads = (q.shape[1].constant(), k.shape[0].constant());
+            agree(matches!(heads, (Some(h), Some(g)) if g > 0 && h % g == 0), "heads and KV heads")?;
+            Ok(TensorType { dtype: DType::F32, shape: q.shape[..2].to_vec() })
+        }
         Op::CacheAppend => {
             count(3)?;
             rank(0, 3)?;
@@ -818,6 +834,20 @@ impl Builder {
         scale: f64,
     ) -> ValueId {
         self.push(name, Op::Attention { causal, scale }, &[q, k, v, pos], self.like(q))
+    }
+
+    /// The logarithms of the sums of an attention's exponentials. See [`Op::AttentionLse`].
+    pub fn attention_lse(
+        &mut self,
+        name: &str,
+        q: ValueId,
+        k: ValueId,
+        pos: ValueId,
+        causal: bool,
+        scale: f64,
+    ) -> ValueId {
+        let ty = TensorType::new(DType::F32, &[]);
+        self.push(name, Op::AttentionLse { causal, scale }, &[q, k, pos], ty)
     }
 
     /// The cache with rows put at their positions.

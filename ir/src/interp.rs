@@ -286,6 +286,7 @@ pub fn compute(
         Op::Gather => gather(value, &operands[0], &operands[1])?,
         Op::ScatterAdd => scatter_add(value, &operands[0], &operands[1], &operands[2])?,
         Op::Attention { causal, scale } => attention(operands, *causal, *scale),
+        Op::AttentionLse { causal, scale } => attention_lse(operands, *causal, *scale),
         Op::CacheAppend => cache_append(value, &operands[0], &operands[1], &operands[2])?,
         Op::Quantize => quantize(value, &operands[0])?,
         Op::Argmax => argmax(&operands[0]),
@@ -462,16 +463,18 @@ fn cache_append(value: &Value, cache: &Tensor, rows: &Tensor, pos: &Tensor) -> R
     Ok(out)
 }
 
-/// Softmax over the slots that a row sees, as [`crate::graph::Builder::attention_expanded`] spells it out.
-fn attention(operands: &[Rc<Tensor>], causal: bool, scale: f64) -> Vec<f64> {
-    let [q, k, v, pos] = [0, 1, 2, 3].map(|i| &*operands[i]);
+/// Shows for each position and head the scores of the slots that it sees, and where a slot's row lies in the cache.
+fn each_row(
+    [q, k, pos]: [&Tensor; 3],
+    causal: bool,
+    scale: f64,
+    mut show: impl FnMut(&[f64], &dyn Fn(usize) -> std::ops::Range<usize>),
+) {
     let &[tokens, heads, d] = &q.shape[..] else { panic!("queries have three axes") };
     let &[kv_heads, slots, _] = &k.shape[..] else { panic!("a cache has three axes") };
     let newest = pos.data.iter().copied().fold(f64::NEG_INFINITY, larger);
-    let mut out = Vec::with_capacity(tokens * heads * d);
     for t in 0..tokens {
         let last = if causal { pos.data[t] } else { newest };
-        // Slots 0..=last. A row that sees none has the sum of nothing below it: NaN, as a softmax of -inf has.
         let seen = (0..slots).filter(|&slot| slot as f64 <= last).count();
         for head in 0..heads {
             let q = &q.data[(t * heads + head) * d..][..d];
@@ -479,19 +482,36 @@ fn attention(operands: &[Rc<Tensor>], causal: bool, scale: f64) -> Vec<f64> {
             let at = |slot: usize| (kv_head * slots + slot) * d..(kv_head * slots + slot + 1) * d;
             let scores: Vec<f64> =
                 (0..seen).map(|slot| scale * sum_of_products(q, &k.data[at(slot)])).collect();
-            let max = scores.iter().copied().fold(f64::NEG_INFINITY, larger);
-            let weights: Vec<f64> = scores.iter().map(|score| (score - max).exp()).collect();
-            let sum: f64 = weights.iter().sum();
-            let mut row = vec![0.0; d];
-            for (slot, weight) in weights.iter().enumerate() {
-                row.iter_mut().zip(&v.data[at(slot)]).for_each(|(out, v)| *out += weight / sum * v);
-            }
-            if seen == 0 {
-                row.fill(f64::NAN);
-            }
-            out.extend(row);
+            show(&scores, &at);
         }
     }
+}
+
+/// `max + ln Σ exp(score - max)`; of a row that sees nothing NaN, as its attention is.
+fn attention_lse(operands: &[Rc<Tensor>], causal: bool, scale: f64) -> Vec<f64> {
+    let mut out = Vec::new();
+    each_row([0, 1, 2].map(|n| &*operands[n]), causal, scale, |scores, _| {
+        let max = scores.iter().copied().fold(f64::NEG_INFINITY, larger);
+        out.push(max + scores.iter().map(|score| (score - max).exp()).sum::<f64>().ln());
+    });
+    out
+}
+
+/// Softmax over the slots that a row sees, as [`crate::graph::Builder::attention_expanded`] spells it out.
+fn attention(operands: &[Rc<Tensor>], causal: bool, scale: f64) -> Vec<f64> {
+    let [q, k, v, pos] = [0, 1, 2, 3].map(|i| &*operands[i]);
+    let mut out = Vec::with_capacity(q.data.len());
+    each_row([q, k, pos], causal, scale, |scores, at| {
+        let max = scores.iter().copied().fold(f64::NEG_INFINITY, larger);
+        let weights: Vec<f64> = scores.iter().map(|score| (score - max).exp()).collect();
+        let sum: f64 = weights.iter().sum();
+        // A row that sees no slot has the sum of nothing below it: NaN, as a softmax of -inf has.
+        let mut row = vec![if scores.is_empty() { f64::NAN } else { 0.0 }; q.shape[2]];
+        for (slot, weight) in weights.iter().enumerate() {
+            row.iter_mut().zip(&v.data[at(slot)]).for_each(|(out, v)| *out += weight / sum * v);
+        }
+        out.extend(row);
+    });
     out
 }
 
@@ -791,10 +811,14 @@ mod tests {
 
     /// One head, three slots, d = 1, keys 0, ln 2, ln 3 for a query of 1: weights 1 : 2 : 3.
     fn attention_of(causal: bool, pos: [f64; 2]) -> Vec<f64> {
+        of_attention("attention %q, %k, %v, %p", "f64[T, 1, 1]", causal, pos)
+    }
+
+    fn of_attention(op: &str, ty: &str, causal: bool, pos: [f64; 2]) -> Vec<f64> {
         let body = format!(
             "%q = input \"q\" : f64[T, 1, 1]\n%k = input \"k\" : f64[1, 3, 1]\n%v = input \"v\" : f64[1, 3, 1]\n\
-            %p = input \"p\" : i32[T]\n%y = attention %q, %k, %v, %p {{ causal = {causal}, scale = 0.5 }} : \
-            f64[T, 1, 1]\noutput \"y\" = %y : f64[T, 1, 1]"
+            %p = input \"p\" : i32[T]\n%y = {op} {{ causal = {causal}, scale = 0.5 }} : {ty}\n\
+            output \"y\" = %y : {ty}"
         );
         let k = [0.0, 2f64.ln(), 3f64.ln()];
         run(&body, &[("q", &[2.0, 2.0]), ("k", &k), ("v", &[6.0, 12.0, 18.0]), ("p", &pos)])
@@ -807,6 +831,9 @@ mod tests {
         assert_near(&attention_of(true, [0.0, 1.0]), &[6.0, 10.0]);
         assert_near(&attention_of(false, [0.0, 1.0]), &[10.0, 10.0]);
         assert!(attention_of(true, [-1.0, 0.0])[0].is_nan());
+        // The exponentials are 1, 2 and 3; as stored in f32.
+        let sums = of_attention("attention_lse %q, %k, %p", "f32[T, 1]", true, [1.0, 2.0]);
+        assert_eq!(sums, [3.0f64, 6.0].map(|sum| f64::from(sum.ln() as f32)));
     }
 
     #[test]

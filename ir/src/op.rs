@@ -93,6 +93,14 @@ pub enum Op {
         /// Factor on the scores, usually `1 / sqrt(d)`.
         scale: f64,
     },
+    /// `attention_lse q[T, H, d], k[G, C, d], pos[T]`: the logarithm of the sum of the exponentials of the scores that an
+    /// attention of the same operands has, f32 `[T, H]`: with it, attentions over parts of the keys are brought together.
+    AttentionLse {
+        /// As the attention's.
+        causal: bool,
+        /// As the attention's.
+        scale: f64,
+    },
     /// `cache_append cache[G, C, d], rows[T, G, d], pos[T]`: the cache with slot `pos[t]` replaced by row `t`.
     CacheAppend,
     /// Rounds to the block format in the result's type, along the last axis.

@@ -555,7 +555,8 @@ impl<'a> Parser<'a> {
             }
             "gather" => Op::Gather,
             "scatter_add" => Op::ScatterAdd,
-            "attention" => {
+            op @ ("attention" | "attention_lse") => {
+                let lse = op == "attention_lse";
                 self.sign("`{`")?;
                 self.field("`causal`")?;
                 let causal = self.take("`true` or `false`", |kind| match kind {
@@ -567,7 +568,7 @@ impl<'a> Parser<'a> {
                 self.field("`scale`")?;
                 let scale = self.float()?;
                 self.sign("`}`")?;
-                Op::Attention { causal, scale }
+                if lse { Op::AttentionLse { causal, scale } } else { Op::Attention { causal, scale } }
             }
             "cache_append" => Op::CacheAppend,
             "quantize" => Op::Quantize,
@@ -839,7 +840,8 @@ fn unknown(what: &'static str, name: &str, known: &str) -> ParseFault {
 fn unknown_op(word: &str) -> ParseFault {
     let mut known: Vec<String> =
         "input weight state constant cast select iota broadcast reshape transpose slice \
-        concat reduce.sum reduce.max dot gather scatter_add attention cache_append quantize dequantize argmax"
+        concat reduce.sum reduce.max dot gather scatter_add attention attention_lse cache_append quantize dequantize \
+        argmax"
             .split_whitespace()
             .map(str::to_string)
             .collect();

@@ -173,6 +173,7 @@ pub fn op_name(op: &Op) -> String {
         Op::Gather => "gather".to_string(),
         Op::ScatterAdd => "scatter_add".to_string(),
         Op::Attention { .. } => "attention".to_string(),
+        Op::AttentionLse { .. } => "attention_lse".to_string(),
         Op::CacheAppend => "cache_append".to_string(),
         Op::Quantize => "quantize".to_string(),
         Op::Dequantize => "dequantize".to_string(),
@@ -195,7 +196,7 @@ fn attributes(symbols: &Symbols, op: &Op) -> String {
         Op::Transpose { perm } => format!(" {{ perm = {perm:?} }}"),
         Op::Slice { axis, start } => format!(" {{ axis = {axis}, start = {} }}", symbols.show(*start)),
         Op::Dot { axes } => format!(" {{ axes = \"{axes}\" }}"),
-        Op::Attention { causal, scale } => {
+        Op::Attention { causal, scale } | Op::AttentionLse { causal, scale } => {
             format!(" {{ causal = {causal}, scale = {} }}", float(*scale))
         }
         Op::Cast

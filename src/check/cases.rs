@@ -213,15 +213,18 @@ pub fn flash(
     of_rows(name, cached(dtype, (kv_heads, per_kv, d), most), (t, past), most, distribution)
 }
 
-/// An attention over a cache of 768 positions.
+/// An attention over a cache of 768 positions, with the logarithms of its sums.
 fn cached(dtype: DType, (kv_heads, per_kv, d): (usize, usize, usize), most: i64) -> Builder {
     let mut b = Builder::new("case");
     let rows = b.symbol("T", 1, most);
     let q = b.input("q", dtype, &[rows, (kv_heads * per_kv).into(), d.into()]);
     let pos = b.input("positions", DType::I32, &[rows]);
     let [k, v] = ["k", "v"].map(|name| b.state(name, dtype, &[kv_heads.into(), Dim::of(768), d.into()]));
-    let y = b.attention("a", q, k, v, pos, true, 1.0 / (d as f64).sqrt());
+    let scale = 1.0 / (d as f64).sqrt();
+    let y = b.attention("a", q, k, v, pos, true, scale);
     b.output("y", y);
+    let sums = b.attention_lse("lse", q, k, pos, true, scale);
+    b.output("sums", sums);
     b
 }
 

@@ -306,6 +306,7 @@ impl<'c> Chain<'c> {
                 Some(squares)
             }
             Op::Attention { causal, scale } => Some(attention(operands, y, *causal, *scale)),
+            Op::AttentionLse { causal, scale } => Some(attention_lse(operands, y, *causal, *scale)),
             Op::ScatterAdd | Op::Quantize | Op::Dequantize => {
                 // No family has these; whoever adds one says here what it rounds.
                 each(&|_, _| f64::INFINITY)
@@ -320,49 +321,73 @@ fn map(x: &Tensor, f: fn(f64) -> f64) -> Rc<Tensor> {
     Rc::new(Tensor { dtype: DType::F64, shape: x.shape.clone(), data })
 }
 
-/// `y = Σ p v`, `p` the softmax of `score = scale q k`: `dy = Σ p dv + Σ p (v - y) dscore`.
-fn attention(operands: &[Known], y: &[f64], causal: bool, scale: f64) -> Vec<f64> {
-    let [q, k, v, pos] = [0, 1, 2, 3].map(|n| &operands[n]);
+/// Shows for each position and head its number among them, the scores of the slots that it sees, each with the square of its
+/// error, and where a slot's row of keys begins.
+fn each_row(
+    [q, k, pos]: [&Known; 3],
+    causal: bool,
+    scale: f64,
+    mut show: impl FnMut(usize, &[(f64, f64)], &dyn Fn(usize) -> usize),
+) {
     let &[tokens, heads, d] = &q.exact.shape[..] else { panic!("queries have three axes") };
     let &[kv_heads, slots, _] = &k.exact.shape[..] else { panic!("a cache has three axes") };
     let newest = pos.exact.data.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+    for row in 0..tokens * heads {
+        let last = if causal { pos.exact.data[row / heads] } else { newest };
+        let seen = (0..slots).filter(|&slot| slot as f64 <= last).count();
+        let at = |slot: usize| (row % heads / (heads / kv_heads) * slots + slot) * d;
+        let score = |slot| {
+            let (mut score, mut size, mut square) = (0.0, 0.0, 0.0);
+            for i in 0..d {
+                let (a, b) = (q.exact.data[row * d + i], k.exact.data[at(slot) + i]);
+                score += a * b;
+                size += (a * b).abs();
+                square += a * a * k.square(at(slot) + i) + b * b * q.square(row * d + i);
+            }
+            (scale * score, scale * scale * (square + d as f64 * (U * size).powi(2)))
+        };
+        show(row, &(0..seen).map(score).collect::<Vec<_>>(), &at);
+    }
+}
+
+/// The weights of scores with the squares of their relative errors: of an exponential its argument's rounding, and its own.
+fn weights(scores: &[(f64, f64)]) -> Vec<(f64, f64)> {
+    let max = scores.iter().map(|s| s.0).fold(f64::NEG_INFINITY, f64::max);
+    let sum: f64 = scores.iter().map(|s| (s.0 - max).exp()).sum();
+    let weight = |&(score, s): &(f64, f64)| {
+        let of_p = s + (U * (score - max)).powi(2) + function_error(ir::op::Unary::Exp, 1.0).powi(2);
+        ((score - max).exp() / sum, of_p)
+    };
+    scores.iter().map(weight).collect()
+}
+
+/// `y = ln Σ exp(score)`: `dy = Σ p dscore`, `p` the softmax, and the logarithm's own.
+fn attention_lse(operands: &[Known], y: &[f64], causal: bool, scale: f64) -> Vec<f64> {
+    let mut squares = Vec::with_capacity(y.len());
+    each_row([0, 1, 2].map(|n| &operands[n]), causal, scale, |row, scores, _| {
+        let of_weights: f64 = weights(scores).iter().map(|(p, of_p)| p * p * of_p).sum();
+        squares.push(of_weights + function_error(ir::op::Unary::Log, y[row]).powi(2) + (U * y[row]).powi(2));
+    });
+    squares
+}
+
+/// `y = Σ p v`, `p` the softmax of `score = scale q k`: `dy = Σ p dv + Σ p (v - y) dscore`.
+fn attention(operands: &[Known], y: &[f64], causal: bool, scale: f64) -> Vec<f64> {
+    let [q, k, v, pos] = [0, 1, 2, 3].map(|n| &operands[n]);
+    let d = q.exact.shape[2];
     let u_in = if v.exact.dtype == DType::F32 { 0.0 } else { v.exact.dtype.roundoff() };
     let mut squares = Vec::with_capacity(y.len());
-    for t in 0..tokens {
-        let last = if causal { pos.exact.data[t] } else { newest };
-        let seen = (0..slots).filter(|&slot| slot as f64 <= last).count();
-        for head in 0..heads {
-            let row = (t * heads + head) * d;
-            let at = |slot: usize| (head / (heads / kv_heads) * slots + slot) * d;
-            // Score, and its square.
-            let scores: Vec<(f64, f64)> = (0..seen)
-                .map(|slot| {
-                    let (mut score, mut size, mut square) = (0.0, 0.0, 0.0);
-                    for i in 0..d {
-                        let (a, b) = (q.exact.data[row + i], k.exact.data[at(slot) + i]);
-                        score += a * b;
-                        size += (a * b).abs();
-                        square += a * a * k.square(at(slot) + i) + b * b * q.square(row + i);
-                    }
-                    (scale * score, scale * scale * (square + d as f64 * (U * size).powi(2)))
-                })
-                .collect();
-            let max = scores.iter().map(|s| s.0).fold(f64::NEG_INFINITY, f64::max);
-            let sum: f64 = scores.iter().map(|s| (s.0 - max).exp()).sum();
-            for i in 0..d {
-                let square = scores.iter().enumerate().map(|(slot, &(score, s))| {
-                    let (p, at) = ((score - max).exp() / sum, at(slot) + i);
-                    let (x, away) = (v.exact.data[at], v.exact.data[at] - y[row + i]);
-                    // Of an exponential: its argument's rounding, and its own.
-                    let of_p =
-                        s + (U * (score - max)).powi(2) + (function_error(ir::op::Unary::Exp, 1.0)).powi(2);
-                    p * p * (v.square(at) + away * away * of_p + (u_in * x).powi(2))
-                });
-                let square: f64 = square.sum();
-                squares.push(square + seen as f64 * (U * y[row + i]).powi(2));
-            }
+    each_row([q, k, pos], causal, scale, |row, scores, at| {
+        let weights = weights(scores);
+        for (i, &y) in y[row * d..][..d].iter().enumerate() {
+            let square = weights.iter().enumerate().map(|(slot, &(p, of_p))| {
+                let at = at(slot) + i;
+                let (x, away) = (v.exact.data[at], v.exact.data[at] - y);
+                p * p * (v.square(at) + away * away * of_p + (u_in * x).powi(2))
+            });
+            squares.push(square.sum::<f64>() + scores.len() as f64 * (U * y).powi(2));
         }
-    }
+    });
     squares
 }
 

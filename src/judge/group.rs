@@ -215,6 +215,7 @@ fn step(
             Some(dot(value, &a, &b, symbols)?)
         }
         Op::Attention { causal, scale } => Some(attention(operands, *causal, *scale)),
+        Op::AttentionLse { causal, scale } => Some(attention_lse(operands, *causal, *scale)),
         Op::ScatterAdd | Op::Quantize | Op::Dequantize => {
             // No family has these; whoever adds one says here what it rounds.
             each(&|_, _| f64::INFINITY)
@@ -371,24 +372,20 @@ fn dot(value: &Value, a: &Known, b: &Known, symbols: &[i64; MAX_SYMBOLS]) -> Res
     Ok(Errors { hard: bound(|e| &e.hard, length)?, typical: bound(|e| &e.typical, length.sqrt())? })
 }
 
-/// `y = N / D`, `N = Σ p v`, `D = Σ p`, `p = exp(s - max)`, `s = scale q k`, streamed over tiles.
-///
-/// * A score: `h_s = scale K u Σ abs(q k) + 2 u abs(s)`, `K` the head's width.
-/// * The maximum cancels between N and D whatever it is. Subtracting it, and what later tiles add to it, rounds by
-///   `u abs(s - max)` in all; each tile has an `exp` and a multiplication more: `p` is off by
-///   `δ = exp(h_s + u abs(s - max) + (tiles + 1)(2 c + 1) u) - 1`.
-/// * `h_N = Σ p δ abs(v) + S u Σ p abs(v)`, `h_D = Σ p δ + S u Σ p` over `S` slots; N has `u_in Σ p abs(v)` more.
-/// * `h_y = (h_N + abs(y) h_D) / (D - h_D) + u abs(y)`.
-fn attention(operands: &[Known], causal: bool, scale: f64) -> Errors {
-    let [q, k, v, pos] = [0, 1, 2, 3].map(|n| &*operands[n].exact);
+/// A score with the size of its sum, and what flushing may cost it.
+type Score = (f64, f64, f64);
+
+/// Shows for each position and head the scores of the slots that it sees, and where a slot's row of keys begins.
+fn each_row(
+    [q, k, pos]: [&Tensor; 3],
+    causal: bool,
+    scale: f64,
+    mut show: impl FnMut(&[Score], &dyn Fn(usize) -> usize),
+) {
     let &[tokens, heads, d] = &q.shape[..] else { panic!("queries have three axes") };
     let &[kv_heads, slots, _] = &k.shape[..] else { panic!("a cache has three axes") };
     let newest = pos.data.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-    let bf16 = q.dtype == DType::BF16;
-    let u_in = if q.dtype == DType::F32 { 0.0 } else { q.dtype.roundoff() };
-    let floor = if bf16 { NORMAL } else { 2.0 * ETA };
-    let lost = lost(q.dtype);
-    let mut errors = Errors { hard: Vec::new(), typical: Vec::new() };
+    let floor = floor(q.dtype);
     for t in 0..tokens {
         let last = if causal { pos.data[t] } else { newest };
         let seen = (0..slots).filter(|&slot| slot as f64 <= last).count();
@@ -406,38 +403,95 @@ fn attention(operands: &[Known], causal: bool, scale: f64) -> Errors {
                 }
                 scores.push((scale * s, scale.abs() * size, scale.abs() * flushed));
             }
-            let max = scores.iter().map(|s| s.0).fold(f64::NEG_INFINITY, f64::max);
-            let tiles = (seen / LEAST_KEYS + 1) as f64;
-            for (growth, out) in [(1.0, &mut errors.hard), (0.5, &mut errors.typical)] {
-                let grown = |n: f64| n.powf(growth);
-                let c = 2.0 * function_ulp(Unary::Exp) + 1.0;
-                let (mut sum, mut sum_error) = (0.0, 0.0);
-                let mut columns = vec![(0.0, 0.0, 0.0); d];
-                for (slot, &(s, size, flushed)) in scores.iter().enumerate() {
-                    let p = (s - max).exp();
-                    let score = grown(d as f64) * U * size + 2.0 * U * s.abs() + flushed;
-                    let off = score + U * (s - max).abs() + grown(tiles + 1.0) * c * U;
-                    let p_error = p * off.exp_m1() + 2.0 * ETA;
-                    sum += p;
-                    sum_error += p_error;
-                    for (column, v) in columns.iter_mut().zip(&v.data[row(slot)..][..d]) {
-                        column.0 += p * v;
-                        column.1 += p * v.abs();
-                        column.2 +=
-                            (p_error + u_in * (p + p_error) + lost) * v.abs() + floor * (2.0 + v.abs() + p);
-                    }
-                }
-                sum_error += grown(seen as f64) * U * (sum + sum_error);
-                out.extend(columns.into_iter().map(|(n, size, error)| {
-                    let n_error = error + grown(seen as f64) * U * (size + error);
-                    let y = (n / sum).abs();
-                    match sum_error < sum {
-                        true => (n_error + y * sum_error) / (sum - sum_error) + U * y + ETA,
-                        false => f64::INFINITY,
-                    }
-                }));
-            }
+            show(&scores, &row);
         }
     }
+}
+
+/// What taking subnormals for zero may cost a product.
+fn floor(dtype: DType) -> f64 {
+    if dtype == DType::BF16 { NORMAL } else { 2.0 * ETA }
+}
+
+/// How far a weight `p = exp(s - max)` is off, over `tiles` of keys and heads of `d`: absolute, of it and of its score.
+fn off((s, size, flushed): Score, max: f64, tiles: f64, d: usize, grown: impl Fn(f64) -> f64) -> f64 {
+    let c = 2.0 * function_ulp(Unary::Exp) + 1.0;
+    let score = grown(d as f64) * U * size + 2.0 * U * s.abs() + flushed;
+    let off = score + U * (s - max).abs() + grown(tiles + 1.0) * c * U;
+    (s - max).exp() * off.exp_m1() + 2.0 * ETA
+}
+
+/// `y = max + ln D`, of an attention's D: `h_y = -ln(1 - h_D / D)`, the errors of the logarithm and of the highest score,
+/// which takes part in the sum, and `u (abs(max) + abs(y))`.
+fn attention_lse(operands: &[Known], causal: bool, scale: f64) -> Errors {
+    let [q, k, pos] = [0, 1, 2].map(|n| &*operands[n].exact);
+    let d = q.shape[2];
+    let mut errors = Errors { hard: Vec::new(), typical: Vec::new() };
+    each_row([q, k, pos], causal, scale, |scores, _| {
+        let max = scores.iter().map(|s| s.0).fold(f64::NEG_INFINITY, f64::max);
+        let sum: f64 = scores.iter().map(|s| (s.0 - max).exp()).sum();
+        let tiles = (scores.len() / LEAST_KEYS + 1) as f64;
+        for (growth, out) in [(1.0, &mut errors.hard), (0.5, &mut errors.typical)] {
+            let grown = |n: f64| n.powf(growth);
+            let of_weights: f64 = scores.iter().map(|&score| off(score, max, tiles, d, grown)).sum();
+            let share = of_weights / sum + grown(scores.len() as f64) * U * (1.0 + of_weights / sum);
+            out.push(match share < 1.0 {
+                true => {
+                    let whole = max + sum.ln();
+                    -(-share).ln_1p()
+                        + function_error(Unary::Log, sum.ln())
+                        + U * (2.0 * max.abs() + whole.abs())
+                }
+                false => f64::INFINITY,
+            });
+        }
+    });
+    errors
+}
+
+/// `y = N / D`, `N = Σ p v`, `D = Σ p`, `p = exp(s - max)`, `s = scale q k`, streamed over tiles.
+///
+/// * A score: `h_s = scale K u Σ abs(q k) + 2 u abs(s)`, `K` the head's width.
+/// * The maximum cancels between N and D whatever it is. Subtracting it, and what later tiles add to it, rounds by
+///   `u abs(s - max)` in all; each tile has an `exp` and a multiplication more: `p` is off by
+///   `δ = exp(h_s + u abs(s - max) + (tiles + 1)(2 c + 1) u) - 1`.
+/// * `h_N = Σ p δ abs(v) + S u Σ p abs(v)`, `h_D = Σ p δ + S u Σ p` over `S` slots; N has `u_in Σ p abs(v)` more.
+/// * `h_y = (h_N + abs(y) h_D) / (D - h_D) + u abs(y)`.
+fn attention(operands: &[Known], causal: bool, scale: f64) -> Errors {
+    let [q, k, v, pos] = [0, 1, 2, 3].map(|n| &*operands[n].exact);
+    let d = q.shape[2];
+    let u_in = if q.dtype == DType::F32 { 0.0 } else { q.dtype.roundoff() };
+    let (floor, lost) = (floor(q.dtype), lost(q.dtype));
+    let mut errors = Errors { hard: Vec::new(), typical: Vec::new() };
+    each_row([q, k, pos], causal, scale, |scores, row| {
+        let max = scores.iter().map(|s| s.0).fold(f64::NEG_INFINITY, f64::max);
+        let tiles = (scores.len() / LEAST_KEYS + 1) as f64;
+        for (growth, out) in [(1.0, &mut errors.hard), (0.5, &mut errors.typical)] {
+            let grown = |n: f64| n.powf(growth);
+            let (mut sum, mut sum_error) = (0.0, 0.0);
+            let mut columns = vec![(0.0, 0.0, 0.0); d];
+            for (slot, &score) in scores.iter().enumerate() {
+                let (p, p_error) = ((score.0 - max).exp(), off(score, max, tiles, d, grown));
+                sum += p;
+                sum_error += p_error;
+                for (column, v) in columns.iter_mut().zip(&v.data[row(slot)..][..d]) {
+                    column.0 += p * v;
+                    column.1 += p * v.abs();
+                    column.2 +=
+                        (p_error + u_in * (p + p_error) + lost) * v.abs() + floor * (2.0 + v.abs() + p);
+                }
+            }
+            let length = grown(scores.len() as f64);
+            sum_error += length * U * (sum + sum_error);
+            out.extend(columns.into_iter().map(|(n, size, error)| {
+                let n_error = error + length * U * (size + error);
+                let y = (n / sum).abs();
+                match sum_error < sum {
+                    true => (n_error + y * sum_error) / (sum - sum_error) + U * y + ETA,
+                    false => f64::INFINITY,
+                }
+            }));
+        }
+    });
     errors
 }

@@ -102,13 +102,13 @@ pub struct Shape {
     pub dtype: DType,
 }
 
-/// The extents of a group that is one attention.
+/// The extents of a group whose first value is an attention.
 ///
 /// # Errors
 ///
-/// When it is anything else, or heads or capacity are not known.
+/// When it is none, or heads or capacity are not known.
 pub fn shape_of(view: &GroupView<'_>) -> Result<Shape, LowerError> {
-    let [id] = view.values[..] else { return Err(view.unsupported("more than the attention")) };
+    let id = view.values[0];
     if !matches!(view.graph[id].op, Op::Attention { .. }) {
         return Err(view.unsupported("anything but attention"));
     }
@@ -123,6 +123,9 @@ pub fn shape_of(view: &GroupView<'_>) -> Result<Shape, LowerError> {
 
 /// Elements that are multiplied together: those of four bytes.
 fn word_of(view: &GroupView<'_>, shape: &Shape) -> Result<usize, LowerError> {
+    if view.values.len() > 1 {
+        return Err(view.unsupported("more than the attention"));
+    }
     let Shape { d, dtype, .. } = *shape;
     let word = match dtype {
         DType::BF16 => 2,

@@ -224,7 +224,10 @@ fn columns(
     if !view.has(id) {
         return Ok(());
     }
-    if matches!(view.graph[id].op, Op::Reduce { .. } | Op::Attention { .. } | Op::Argmax | Op::Dot { .. }) {
+    if matches!(
+        view.graph[id].op,
+        Op::Reduce { .. } | Op::Attention { .. } | Op::AttentionLse { .. } | Op::Argmax | Op::Dot { .. }
+    ) {
         return Err(view.unsupported(format!("%{} after a product", view.graph[id].name)));
     }
     for number in 0..view.graph[id].operands.len() {

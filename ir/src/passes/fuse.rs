@@ -31,6 +31,7 @@ pub fn fuse(graph: &mut Graph, target: &Target) {
     let mut ctx = Ctx { users: graph.users(), graph, on_gpu };
     ctx.products();
     ctx.single(Family::Attention, |op| matches!(op, Op::Attention { .. }));
+    ctx.sums_of_attentions();
     ctx.single(Family::Sample, |op| matches!(op, Op::Argmax));
     ctx.epilogues();
     ctx.rows();
@@ -178,6 +179,27 @@ impl Ctx<'_> {
                 let group = self.open(family, id);
                 self.take(id, group);
             }
+        }
+    }
+
+    /// The logarithm of an attention's sums is the attention's to store, if it stands behind it.
+    fn sums_of_attentions(&mut self) {
+        let ids: Vec<ValueId> = self.graph.ids().collect();
+        for &id in &ids {
+            let Value { op: Op::AttentionLse { causal, scale }, operands, .. } = &self.graph[id] else {
+                continue;
+            };
+            let of = Op::Attention { causal: *causal, scale: *scale };
+            let same = |other: ValueId| {
+                let of_other = &self.graph[other].operands;
+                self.graph[other].op == of && [of_other[0], of_other[1], of_other[3]] == operands[..]
+            };
+            let attention = ids.iter().copied().find(|&other| other < id && same(other));
+            let group = match attention.and_then(|attention| self.group(attention)) {
+                Some(group) => group,
+                None => self.open(Family::Attention, id),
+            };
+            self.take(id, group);
         }
     }
 

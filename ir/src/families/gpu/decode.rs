@@ -6,7 +6,7 @@
 //! the cache holds, so the order of a row's sum depends on nothing but its position. The grid is that of a full cache, the same
 //! in each step: CTAs whose split nobody sees do nothing.
 
-use super::softmax::{Rows, Share, decay, store_pair};
+use super::softmax::{Rows, Share, decay};
 use super::tile::{Attention, Schedule, Tile};
 use crate::dtype::DType;
 use crate::families::access::Lowering;
@@ -45,7 +45,7 @@ pub fn lower(view: &GroupView<'_>, s: Schedule) -> Result<Lowered, LowerError> {
                     k.store(parts, &[part.clone(), column], sum);
                 });
                 let highest = tile.softmax.highest(k, half);
-                k.if_((lane.clone() % 4usize).compare(Compare::Eq, 0usize), |k| {
+                k.if_(tile.softmax.first_of_row(), |k| {
                     k.store(parts, &[part, a.d.into()], highest.join(total));
                 });
             });
@@ -82,7 +82,7 @@ pub fn lower(view: &GroupView<'_>, s: Schedule) -> Result<Lowered, LowerError> {
             let at = k.let_("at", part(split));
             let of = k.load(parts, &[at.clone(), a.d.into()], 2);
             let of = k.let_("of", of);
-            let weight = k.let_("weight", decay(a.scale, a.fma(), of.clone().lanes(0, 1), highest));
+            let weight = k.let_("weight", decay(a.scale, a.fma(), of.clone().lanes(0, 1), highest.clone()));
             let more = of.lanes(1, 1).fma(weight.clone(), k.get(total, &[]));
             k.set(total, &[], more);
             k.unroll("b", blocks, |k, b| {
@@ -92,11 +92,14 @@ pub fn lower(view: &GroupView<'_>, s: Schedule) -> Result<Lowered, LowerError> {
             });
         });
         let total = k.get(total, &[]);
+        let first = lane.clone().compare(Compare::Eq, 0usize);
+        let row = [step.clone(), query.clone()];
+        a.to.store_lse(k, (a.scale, a.fma()), first, row, (highest, total.clone()));
         let share = Share::of(k, total, a.fma());
         k.unroll("b", blocks, |k, b| {
             let at = [step, query, k.let_("column", column(b.clone()))];
             let sum = k.get(sums, &[b]);
-            store_pair(k, a.out, (a.shape.d, blocks * block), at, share.times(sum));
+            a.to.store_pair(k, (a.shape.d, blocks * block), at, share.times(sum));
         });
     });
     Ok(l.finish())

@@ -47,13 +47,35 @@ impl Positions {
     }
 }
 
-/// What an attention reads and writes: queries `[t, head, column]`, keys and values `[head, slot, column]`, positions, and the
-/// result like the queries.
+/// What an attention reads and writes.
+#[derive(Clone, Copy)]
+pub(super) struct Operands {
+    /// Queries: `[t, head, column]`.
+    pub q: BufferId,
+    /// Keys and values: `[head, slot, column]`.
+    pub k: BufferId,
+    pub v: BufferId,
+    /// Positions: `[t]`.
+    pub pos: BufferId,
+    /// Where results go.
+    pub to: Results,
+}
+
+/// Where an attention's results go.
+#[derive(Clone, Copy)]
+pub(super) struct Results {
+    /// Like the queries.
+    pub out: BufferId,
+    /// The logarithms of the sums, `[t, head]`, if they are wanted.
+    lse: Option<BufferId>,
+}
+
+/// Binds the operands of a group's kernel.
 ///
 /// # Errors
 ///
 /// Where the cache lies otherwise.
-pub(super) fn operands(l: &mut Lowering<'_, '_>) -> Result<[BufferId; 5], LowerError> {
+pub(super) fn operands(l: &mut Lowering<'_, '_>) -> Result<Operands, LowerError> {
     let view = l.view;
     let operands = &view.graph[view.values[0]].operands;
     let stored = |n: usize| storage(view.graph, operands[n]);
@@ -62,7 +84,9 @@ pub(super) fn operands(l: &mut Lowering<'_, '_>) -> Result<[BufferId; 5], LowerE
     }
     let mut read = |name, n: usize| l.tensor(name, operands[n], Access::Read);
     let [q, k, v, pos] = [read("q", 0), read("k", 1), read("v", 2), read("pos", 3)];
-    Ok([q, k, v, pos, l.tensor("out", view.values[0], Access::Write)])
+    let out = l.tensor("out", view.values[0], Access::Write);
+    let lse = view.values.get(1).map(|&lse| l.tensor("lse", lse, Access::Write));
+    Ok(Operands { q, k, v, pos, to: Results { out, lse } })
 }
 
 /// The rows of a CTA's turn: a tile of those of a KV head.
@@ -387,14 +411,22 @@ impl Softmax {
         }
     }
 
+    /// Is this thread the first of its rows'?
+    pub fn first_of_row(&self) -> Expr {
+        (self.lane.clone() % 4usize).compare(Compare::Eq, 0usize)
+    }
+
     /// Writes this thread's part of its rows: sums, divided by the sum of the weights.
-    pub fn store(&self, k: &mut Builder, at: (&Rows, &Expr), sums: Blocks, out: BufferId) {
+    pub fn store(&self, k: &mut Builder, at: (&Rows, &Expr), sums: Blocks, to: Results) {
         let d = at.0.shape.d;
         self.each_row(k, at, |k, half, [t, head], total| {
+            let row = [t.clone(), head.clone()];
+            let highest = self.highest(k, half);
+            to.store_lse(k, (self.scale, sums.fma), self.first_of_row(), row, (highest, total.clone()));
             let share = Share::of(k, total, sums.fma);
             let blocks = d.div_ceil(8);
             sums.each_pair(k, &self.lane, blocks, half, |k, column, sum| {
-                store_pair(k, out, (d, 8 * blocks), [t, head, column], share.times(sum));
+                to.store_pair(k, (d, 8 * blocks), [t, head, column], share.times(sum));
             });
         });
     }
@@ -419,17 +451,31 @@ impl Share {
     }
 }
 
-/// Stores two of so many columns of a row, if the head has them.
-pub(super) fn store_pair(
-    k: &mut Builder,
-    out: BufferId,
-    (d, columns): (usize, usize),
-    at: [Expr; 3],
-    share: Expr,
-) {
-    let store = |k: &mut Builder| k.store(out, &at, share);
-    match columns == d {
-        true => store(k),
-        false => k.if_(at[2].clone().compare(Compare::Lt, d), store),
+impl Results {
+    /// Stores two of so many columns of a row, if the head has them.
+    pub fn store_pair(&self, k: &mut Builder, (d, columns): (usize, usize), at: [Expr; 3], share: Expr) {
+        let store = |k: &mut Builder| k.store(self.out, &at, share);
+        match columns == d {
+            true => store(k),
+            false => k.if_(at[2].clone().compare(Compare::Lt, d), store),
+        }
+    }
+
+    /// Stores the logarithm of a row's sum where it is wanted and `first` holds: its weights are relative to the highest score.
+    pub fn store_lse(
+        &self,
+        k: &mut Builder,
+        (scale, fma): (f64, bool),
+        first: Expr,
+        row: [Expr; 2],
+        (highest, total): (Expr, Expr),
+    ) {
+        let Some(lse) = self.lse else { return };
+        k.if_(first, |k| {
+            let sum = total.unary(Unary::Log);
+            // Of f32 scores were scaled before.
+            let whole = if fma { highest + sum } else { highest.fma(Expr::f32(scale, 1), sum) };
+            k.store(lse, &row, whole);
+        });
     }
 }

@@ -10,7 +10,7 @@
 //! memory.
 
 use super::chunk;
-use super::softmax::{Blocks, Ends, Positions, Rows, Softmax, operands};
+use super::softmax::{Blocks, Ends, Operands, Positions, Results, Rows, Softmax, operands};
 use crate::dtype::DType;
 use crate::families::access::{Lowering, Warp};
 use crate::families::attention::{Shape, shape_of};
@@ -139,7 +139,7 @@ pub(super) struct Attention {
     pub causal: bool,
     pub positions: Positions,
     pub scale: f64,
-    pub out: BufferId,
+    pub to: Results,
     /// Columns of a head in shared memory.
     pub d: usize,
     /// In global memory: `[position, head, column]`, and `[head, slot, column]`.
@@ -172,7 +172,7 @@ impl Attention {
                 view.unsupported(format!("a cache of {slots} slots, not whole tiles of {} keys", s.keys))
             );
         }
-        let [q, k, v, pos, out] = operands(l)?;
+        let Operands { q, k, v, pos, to } = operands(l)?;
         let (d, bm) = (padded(shape.d), 16 * s.warps);
         let pitch = d + chunk(dtype);
         let tile_q = l.k.shared("tile_q", dtype, &[bm, d], pitch);
@@ -188,7 +188,7 @@ impl Attention {
             causal,
             positions,
             scale,
-            out,
+            to,
             d,
             q,
             k,

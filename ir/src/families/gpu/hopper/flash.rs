@@ -11,7 +11,7 @@ use super::{ROWS, Ring, WARPS, panel, roles};
 use crate::dtype::DType;
 use crate::families::access::Lowering;
 use crate::families::attention::{Shape, shape_of};
-use crate::families::gpu::softmax::{Blocks, Ends, Positions, Rows, Softmax, operands};
+use crate::families::gpu::softmax::{Blocks, Ends, Operands, Positions, Rows, Softmax, operands};
 use crate::families::gpu::{AttentionTile, chunk};
 use crate::families::{GroupView, LowerError, Lowered};
 use crate::kernel::warpgroup::{Left, MapId, ROW_BYTES, WARPGROUP, Warpgroup};
@@ -163,7 +163,7 @@ pub fn lower(view: &GroupView<'_>, s: Schedule, gpu: &Gpu) -> Result<Lowered, Lo
         unreachable!("shape_of looked")
     };
     let mut l = Lowering::of_warps(view, WARPS * (1 + s.consumers));
-    let [q, k_in, v_in, pos, out] = operands(&mut l)?;
+    let Operands { q, k: keys, v: values, pos, to } = operands(&mut l)?;
     let warp = l.warp();
     let positions = Positions { pos, lane: warp.lane.clone() };
     let (columns, panels) = (panel(shape.dtype), shape.d.div_ceil(panel(shape.dtype)));
@@ -174,8 +174,8 @@ pub fn lower(view: &GroupView<'_>, s: Schedule, gpu: &Gpu) -> Result<Lowered, Lo
         steps: shape.d.div_ceil(16),
         panels,
         q,
-        keys: k.map("keys", k_in, &[1, s.keys, columns]),
-        values: k.map("values", v_in, &[1, s.keys, columns]),
+        keys: k.map("keys", keys, &[1, s.keys, columns]),
+        values: k.map("values", values, &[1, s.keys, columns]),
         tile_q: k.swizzled("tile_q", shape.dtype, &[panels, s.rows(), columns]),
         tile_k: k.swizzled("tile_k", shape.dtype, &[s.stages, panels, s.keys, columns]),
         tile_v: k.swizzled("tile_v", shape.dtype, &[s.stages, panels, s.keys, columns]),
@@ -221,7 +221,7 @@ pub fn lower(view: &GroupView<'_>, s: Schedule, gpu: &Gpu) -> Result<Lowered, Lo
                         sums: Blocks::new(k, "sums", shape.d / 8, false, Some(0.0)),
                     };
                     group.attend(k, &ends);
-                    group.softmax.store(k, (&rows, &mine), group.sums, out);
+                    group.softmax.store(k, (&rows, &mine), group.sums, to);
                 }
             }
             k.set(done, &[], before + ends.end.clone());
