@@ -208,6 +208,7 @@ pub fn schedules(view: &GroupView<'_>, target: &Target) -> Result<Vec<String>, L
 /// What in the text does not fit the family, in words.
 pub fn numeric_class(family: Family, schedule: &str) -> Result<String, String> {
     match family {
+        _ if let Some(fields) = gpu::fields(family, schedule) => Ok(numeric_part(&fields)),
         Family::Dot => Ok(numeric_part(&dot::DotSchedule::parse(schedule)?.fields())),
         Family::Attention => Ok(numeric_part(&attention::AttentionSchedule::parse(schedule)?.fields())),
         Family::Rowwise | Family::Elementwise | Family::Gather | Family::Sample => Ok(String::new()),

@@ -19,6 +19,7 @@ use super::{GroupView, LowerError, Lowered, dot, elementwise, rowwise, sample};
 use crate::Dim;
 use crate::dtype::DType;
 use crate::graph::{Family, Pack};
+use crate::schedule::Field;
 use crate::target::Gpu;
 
 /// Warps of a CTA whose warps do a row each.
@@ -96,6 +97,21 @@ fn is_one_row(rows: &Dim) -> bool {
     rows.constant() == Some(1)
 }
 
+/// The fields of a schedule of a GPU's kernels, if it is one.
+pub fn fields(family: Family, schedule: &str) -> Option<Vec<Field>> {
+    fn of<S, const N: usize>(read: Result<S, String>, fields: fn(S) -> [Field; N]) -> Option<Vec<Field>> {
+        read.ok().map(|schedule| fields(schedule).to_vec())
+    }
+    match family {
+        Family::Dot => of(gemm::Schedule::parse(schedule), gemm::Schedule::fields)
+            .or_else(|| of(gemv::Schedule::parse(schedule), gemv::Schedule::fields))
+            .or_else(|| of(hopper::gemm::Schedule::parse(schedule), hopper::gemm::Schedule::fields)),
+        Family::Attention => of(tile::Schedule::parse(schedule), tile::Schedule::fields)
+            .or_else(|| of(hopper::flash::Schedule::parse(schedule), hopper::flash::Schedule::fields)),
+        Family::Rowwise | Family::Elementwise | Family::Gather | Family::Sample => None,
+    }
+}
+
 /// How a product of many rows is cut: each turn makes a tile.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ProductTile {
@@ -157,4 +173,20 @@ fn pack_of(l: &Lowering<'_, '_>, segment: usize) -> Result<usize, LowerError> {
     let name = format!("{}.{segment}", l.view.name());
     let found = l.view.graph.packs.iter().position(|p| p.name == name && p.lanes == 1 && p.words() == 1);
     found.ok_or_else(|| l.view.unsupported("weights that do not lie in rows"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::families::numeric_class;
+
+    #[test]
+    fn the_order_of_sums_is_told_by_the_schedule() {
+        let class = |family, schedule| numeric_class(family, schedule).unwrap();
+        assert_eq!(class(Family::Attention, "warps 4, keys 64, hold 1, split 256"), "keys 64, split 256");
+        assert_eq!(class(Family::Attention, "consumers 2, keys 128, stages 2"), "keys 128");
+        assert_eq!(class(Family::Dot, "bm 16, bn 64, bk 32, stages 4, wm 1, wn 4"), "");
+        assert_eq!(class(Family::Dot, "consumers 2, bn 256, stages 4, band 8"), "");
+        assert!(numeric_class(Family::Attention, "consumers 2, bn 256, stages 4, band 8").is_err());
+    }
 }
