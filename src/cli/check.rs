@@ -40,9 +40,6 @@ pub struct Options {
     /// Only kernels of this family
     #[arg(long, value_name = "FAMILY", value_parser = family)]
     family: Option<Family>,
-    /// Only cases whose name has this in it
-    #[arg(long, value_name = "TEXT", default_value = "")]
-    filter: String,
     /// Every schedule, ten times the random graphs, and every shape about the tiles of a GPU: on a CPU two million launches, an hour
     #[arg(long)]
     exhaustive: bool,

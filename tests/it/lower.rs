@@ -409,6 +409,11 @@ fn ptx(kernels: &[Kernel], gpu: &Architecture) -> Checked<String> {
     Ok(ptx)
 }
 
+/// PTX of a text of `tests/lower/ptx/`.
+pub fn ptx_of(text: &str, gpu: &Architecture) -> Checked<String> {
+    ptx(&kernels(text, &gpu.target())?, gpu)
+}
+
 /// Every instruction of PTX must be known, and every kernel found.
 fn read(ptx: &str) -> Checked<()> {
     let module = runtime::ptx::Module::parse(ptx)?;
