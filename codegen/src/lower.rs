@@ -993,7 +993,7 @@ pub(crate) fn float_bits(x: f64) -> String {
 fn literal(value: f64, ty: Type) -> String {
     let Type::Vector { dtype, lanes } = ty else { return (value as i64).to_string() };
     let one = match dtype {
-        DType::F32 => float_bits(value),
+        DType::F32 | DType::F16 => float_bits(value),
         DType::BF16 => ((value as f32).to_bits() >> 16).to_string(),
         DType::Bool => (value != 0.0).to_string(),
         _ => (value as i64).to_string(),
