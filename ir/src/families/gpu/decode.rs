@@ -19,7 +19,7 @@ use crate::op::{Compare, Reduction};
 ///
 /// # Errors
 ///
-/// As [`Attention::bind`].
+/// Where shapes are symbolic behind the first axis, a dtype or head is not covered, or the schedule does not fit.
 pub fn lower(view: &GroupView<'_>, s: Schedule) -> Result<Lowered, LowerError> {
     let mut l = Lowering::of_warps(view, s.warps);
     let a = Attention::bind(&mut l, s)?;
