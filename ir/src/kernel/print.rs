@@ -213,32 +213,15 @@ fn block(kernel: &Kernel, stmts: &[Stmt], depth: usize, out: &mut String) {
     for stmt in stmts {
         *out += &indent;
         *out += &head(kernel, stmt);
-        match stmt {
-            Stmt::For { body, .. } | Stmt::Unroll { body, .. } | Stmt::Parallel { body, .. } => {
-                *out += " {\n";
-                block(kernel, body, depth + 1, out);
-                let _ = write!(out, "{indent}}}");
+        let mut blocks = stmt.blocks().into_iter();
+        if let Some(body) = blocks.next() {
+            *out += " {\n";
+            block(kernel, body, depth + 1, out);
+            for otherwise in blocks.filter(|otherwise| !otherwise.is_empty()) {
+                let _ = writeln!(out, "{indent}}} else {{");
+                block(kernel, otherwise, depth + 1, out);
             }
-            Stmt::If { then, otherwise, .. } => {
-                *out += " {\n";
-                block(kernel, then, depth + 1, out);
-                if !otherwise.is_empty() {
-                    let _ = writeln!(out, "{indent}}} else {{");
-                    block(kernel, otherwise, depth + 1, out);
-                }
-                let _ = write!(out, "{indent}}}");
-            }
-            Stmt::Let { .. }
-            | Stmt::Reg { .. }
-            | Stmt::Set { .. }
-            | Stmt::Store { .. }
-            | Stmt::Prefetch { .. }
-            | Stmt::Barrier
-            | Stmt::Sync
-            | Stmt::Copy { .. }
-            | Stmt::Commit
-            | Stmt::Wait(_)
-            | Stmt::Warpgroup(_) => {}
+            let _ = write!(out, "{indent}}}");
         }
         out.push('\n');
     }
