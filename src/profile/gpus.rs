@@ -47,6 +47,22 @@ pub struct Gpu {
     pub ctas: u32,
 }
 
+const H100: Gpu = Gpu {
+    name: "h100",
+    product: "H100 SXM (data sheet: 989 TFLOP/s, which is 1830 MHz, and 3.35 TB/s)",
+    capability: 90,
+    sms: 132,
+    clock_hz: 1.83e9,
+    bytes_per_s: 3.35e12,
+    // Measured: 62.9 % of the peak (Luo et al. 2024, arXiv 2402.13499).
+    warp_flops: 0.629 * 4096.0,
+    warpgroup_flops: Some(4096.0),
+    float_lanes: 128.0,
+    shared_bytes: 228 << 10,
+    threads: 2048,
+    ctas: 32,
+};
+
 /// All of them.
 pub const GPUS: [Gpu; 4] = [
     Gpu {
@@ -63,34 +79,12 @@ pub const GPUS: [Gpu; 4] = [
         threads: 2048,
         ctas: 32,
     },
-    Gpu {
-        name: "h100",
-        product: "H100 SXM (data sheet: 989 TFLOP/s, which is 1830 MHz, and 3.35 TB/s)",
-        capability: 90,
-        sms: 132,
-        clock_hz: 1.83e9,
-        bytes_per_s: 3.35e12,
-        // Measured: 62.9 % of the peak (Luo et al. 2024, arXiv 2402.13499).
-        warp_flops: 0.629 * 4096.0,
-        warpgroup_flops: Some(4096.0),
-        float_lanes: 128.0,
-        shared_bytes: 228 << 10,
-        threads: 2048,
-        ctas: 32,
-    },
+    H100,
     Gpu {
         name: "h200",
         product: "H200 SXM (data sheet: 989 TFLOP/s, which is 1830 MHz, and 4.8 TB/s)",
-        capability: 90,
-        sms: 132,
-        clock_hz: 1.83e9,
         bytes_per_s: 4.8e12,
-        warp_flops: 0.629 * 4096.0,
-        warpgroup_flops: Some(4096.0),
-        float_lanes: 128.0,
-        shared_bytes: 228 << 10,
-        threads: 2048,
-        ctas: 32,
+        ..H100
     },
     Gpu {
         name: "rtx4090",
