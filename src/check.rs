@@ -9,6 +9,7 @@
 
 pub mod cases;
 pub mod device;
+#[cfg(feature = "compiler")]
 pub mod walk;
 
 use crate::compare::memory;

@@ -13,11 +13,10 @@
 //! * [`file_error`]: why a file that belongs to a comparison cannot be used.
 //! * [`mod@reference`]: files that say what a model's logits are; [`compare`]: a program against them and the checkpoint.
 //! * [`measure`] (feature `compiler`): the time of one kernel alone.
-//! * [`check`] (feature `compiler`): kernels judged one by one.
+//! * [`check`]: kernels judged one by one.
 //! * [`tune`]: schedules chosen by measuring.
 //! * [`compile`] (feature `compiler`): code for each target, and the artifact.
 
-#[cfg(feature = "compiler")]
 pub mod check;
 pub mod compare;
 #[cfg(feature = "compiler")]

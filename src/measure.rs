@@ -11,7 +11,7 @@ use ir::dtype::DType;
 use ir::families::{Arg, GroupView, Lowered};
 use ir::kernel::{Access, Buffer, Kernel, Space};
 use ir::op::Op;
-use ir::plan::{Cost, Entry, Give, Launch, Place, Plan, PlanBuffer, PlanKernel};
+use ir::plan::{Cost, Plan};
 use ir::random::Rng;
 use runtime::code::{Code, CodeError, Guarded};
 use runtime::map::MapError;
@@ -24,9 +24,6 @@ const COLD_BYTES: usize = 256 << 20;
 
 /// Copies at most: small buffers are filled quickly, but there is an end.
 const MOST_COPIES: usize = 64;
-
-/// Name of the one entry point.
-const ENTRY: &str = "alone";
 
 /// Why a kernel cannot be timed.
 #[derive(Debug, thiserror::Error)]
@@ -144,11 +141,11 @@ impl Alone {
     ) -> Result<Alone, MeasureError> {
         let kernel = &lowered.kernel;
         assert!(operands.borrow().fit(kernel), "operands of another kernel");
-        let plan = one_launch(&kernel.name, view, kernel.params().count());
+        let plan = Plan::alone(std::slice::from_ref(kernel));
         let llvm = codegen::lower::module(&plan, std::slice::from_ref(kernel), level.features, false);
         let object = codegen::cpu::compile(&llvm, level, Form::Object)?;
         let object = codegen::link::link(&object)?;
-        let code = Code::load(&object, [ENTRY], threads)?;
+        let code = Code::load(&object, [plan.entries[0].name.as_str()], threads)?;
         let symbols = operands.borrow().symbols;
         let cost = cost(view, &symbols, symbols[1]);
         let writes =
@@ -209,37 +206,6 @@ fn buffer_bytes(buffer: &Buffer, symbols: &[i64; MAX_SYMBOLS]) -> usize {
     let reach = |(extent, stride): (&ir::Dim, &i64)| (extent.eval(symbols) - 1).max(0) * stride;
     let last: i64 = buffer.shape.iter().zip(&buffer.strides).map(reach).sum();
     buffer.dtype.bytes(last as usize + 1)
-}
-
-/// A program of one launch.
-fn one_launch(kernel: &str, view: &GroupView<'_>, params: usize) -> Plan {
-    let buffer = |number: usize| PlanBuffer {
-        name: number.to_string(),
-        place: Place::State,
-        dtype: DType::U8,
-        bytes: 0,
-    };
-    let launch = Launch { kernel: 0, args: (0..params).collect(), cost: Cost::default() };
-    Plan {
-        buffers: (0..params).map(buffer).collect(),
-        kernels: vec![PlanKernel {
-            name: kernel.to_string(),
-            family: view.family(),
-            schedule: String::new(),
-            measured: false,
-        }],
-        entries: vec![Entry {
-            name: ENTRY.to_string(),
-            symbols: view.graph.symbols.clone(),
-            give: Give::Nothing,
-            tokens: 0,
-            positions: 0,
-            logits: None,
-            token: None,
-            launches: vec![launch],
-        }],
-        ..Plan::default()
-    }
 }
 
 /// Are these the positions of the step's tokens?

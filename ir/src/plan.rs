@@ -12,6 +12,7 @@ pub mod verify;
 use crate::dim::{MAX_SYMBOLS, Symbols};
 use crate::dtype::DType;
 use crate::graph::{Family, Graph, Pack};
+use crate::kernel::Kernel;
 
 /// A compiled program, but for its code and its weights' bytes.
 #[derive(Clone, Debug, PartialEq, Default)]
@@ -211,6 +212,39 @@ pub struct Totals {
 }
 
 impl Plan {
+    /// Kernels for who launches each by itself: an entry point a kernel, `launch.N`, and a buffer a parameter.
+    pub fn alone(kernels: &[Kernel]) -> Plan {
+        let params = kernels.iter().map(|kernel| kernel.params().count());
+        let buffer = |number: usize| PlanBuffer {
+            name: number.to_string(),
+            place: Place::State,
+            dtype: DType::U8,
+            bytes: 0,
+        };
+        let entry = |(number, (kernel, params)): (usize, (&Kernel, usize))| Entry {
+            name: format!("launch.{number}"),
+            symbols: kernel.symbols.clone(),
+            give: Give::Nothing,
+            tokens: 0,
+            positions: 0,
+            logits: None,
+            token: None,
+            launches: vec![Launch { kernel: number, args: (0..params).collect(), cost: Cost::default() }],
+        };
+        let planned = |kernel: &Kernel| PlanKernel {
+            name: kernel.name.clone(),
+            family: kernel.family,
+            schedule: kernel.schedule.clone(),
+            measured: false,
+        };
+        Plan {
+            buffers: (0..params.clone().max().unwrap_or(0)).map(buffer).collect(),
+            kernels: kernels.iter().map(planned).collect(),
+            entries: kernels.iter().zip(params).enumerate().map(entry).collect(),
+            ..Plan::default()
+        }
+    }
+
     /// Bytes of the weights section.
     pub fn weight_bytes(&self) -> usize {
         let ends = self.buffers.iter().filter_map(|b| match b.place {

@@ -156,6 +156,7 @@ impl Form {
 }
 
 /// Where forms run.
+#[derive(Clone)]
 pub enum Machine {
     /// On the PTX emulator.
     Emulator(Options),

@@ -13,6 +13,7 @@
 //! * [`fill`]: weights from a seed, made on a GPU.
 //! * [`gpu`]: what GPUs have in common, [`tensor_map`]: what they are told of tensors; [`cuda`]: the device that runs on
 //!   them; [`ptx_emulator`]: the one that emulates them.
+//! * [`launcher`]: kernels launched by themselves on either.
 //! * [`meter`]: how fast this machine can read and multiply, which is what speeds are measured against.
 //! * [`gpu_meter`]: the same of a GPU.
 //! * [`ptx`]: PTX text as a typed module: every instruction that kernels use, by name; [`emulator`] runs it, and says what
@@ -36,6 +37,7 @@ pub mod generate;
 pub mod gpu;
 pub mod gpu_meter;
 pub mod interpreter;
+pub mod launcher;
 pub mod manifest;
 pub mod map;
 pub mod meter;

@@ -74,6 +74,23 @@ impl PtxEmulator {
     }
 }
 
+/// Runs a grid.
+///
+/// # Errors
+///
+/// What the emulator reports, or that no driver takes a tensor map.
+pub(crate) fn run(
+    program: &emulator::Program,
+    call: &Call,
+    memory: &mut Memory,
+    options: &Options,
+) -> Result<Counts, String> {
+    let grid = grid(call, program.cluster());
+    let maps = call.maps.iter().map(TensorMap::encode).collect::<Result<Vec<_>, _>>();
+    let params = gpu::with_maps(&call.params, maps.map_err(|refused| refused.to_string())?);
+    program.launch(&grid, &params, memory, options).map_err(|report| report.to_string())
+}
+
 /// A launch's grid.
 fn grid(call: &Call, cluster: u32) -> Grid {
     let (ctas, threads) = ([call.ctas, 1, 1], [call.threads, 1, 1]);
@@ -239,18 +256,14 @@ impl EmulatedProgram {
         let options = self.device.options();
         let mut counts = Counts::default();
         for call in calls {
-            let grid = grid(call, self.phases[call.phase].cluster());
-            let maps = call.maps.iter().map(TensorMap::encode).collect::<Result<Vec<_>, _>>();
-            let params = gpu::with_maps(&call.params, maps.map_err(|refused| failed(refused.to_string()))?);
-            let ran = self.phases[call.phase].launch(&grid, &params, memory, &options);
-            counts += ran.map_err(|report| failed(report.to_string()))?;
+            counts += run(&self.phases[call.phase], call, memory, &options).map_err(failed)?;
         }
         Ok(counts)
     }
 }
 
 /// CTAs of a launch at most: further turns are taken by those that are done.
-const MOST_CTAS: u32 = 64;
+pub(crate) const MOST_CTAS: u32 = 64;
 
 /// Memory between two launches.
 struct Seen<'a> {

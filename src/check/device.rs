@@ -1,21 +1,35 @@
-//! Where a launch runs: code on this CPU, a GPU's on the emulator, the kernel interpreter, or nowhere.
+//! Where a launch runs: code on this CPU, on a GPU or on the emulator of one, the kernel interpreter, or nowhere.
+//!
+//! Code comes from the compiler, where there is one (feature `compiler`), or is given.
+
+#[cfg(feature = "compiler")]
+mod compiled;
 
 use crate::compare::memory::{decode, positions};
-use codegen::Backend;
-use codegen::cpu::{CodegenError, Form, Level};
-use codegen::nvptx::{self, Architecture};
+#[cfg(feature = "compiler")]
+use codegen::{
+    Backend,
+    cpu::{CodegenError, Level},
+    nvptx::{self, Architecture},
+};
+#[cfg(feature = "compiler")]
+pub use compiled::Compiled;
 use ir::DType;
 use ir::dim::MAX_SYMBOLS;
 use ir::kernel::interp::{self, Fault, KBuffer};
 use ir::kernel::{Access, Buffer, Kernel, Space, verify};
-use ir::plan::{Cost, Entry, Give, Launch, Plan, PlanKernel};
-use runtime::code::{Code, CodeError, Guarded};
+use runtime::device::DeviceError;
 use runtime::emulator::{self, Grid, Memory, Report, Sm, Sums};
 use runtime::gpu;
+use runtime::launcher::{Block, Launcher, Loaded};
 use runtime::map::MapError;
 use runtime::ptx::{Module, PtxError};
 use runtime::tensor_map::TensorMapError;
+#[cfg(feature = "compiler")]
+use runtime::{code::CodeError, conformance::Machine, cuda::context::Context};
 use std::ops::Range;
+#[cfg(feature = "compiler")]
+use std::sync::Arc;
 
 /// What a parameter holds before a launch, in the order of its index space; `None` where the launch has to write it all.
 pub type Held = Option<Vec<f64>>;
@@ -46,17 +60,24 @@ pub enum LaunchError {
     Map(#[from] TensorMapError),
     #[error("no memory for a launch")]
     Memory(#[from] MapError),
+    #[error(transparent)]
+    Gpu(#[from] Box<DeviceError>),
 }
 
 /// Why kernels could not be made ready.
 #[derive(Debug, thiserror::Error)]
 pub enum LoadError {
     /// LLVM, or the linker.
+    #[cfg(feature = "compiler")]
     #[error(transparent)]
     Codegen(#[from] CodegenError),
     /// The system's loader.
+    #[cfg(feature = "compiler")]
     #[error(transparent)]
     Code(#[from] CodeError),
+    /// A GPU, or its driver.
+    #[error(transparent)]
+    Gpu(#[from] DeviceError),
     /// The emulator's reader: a fault of it, or of LLVM.
     #[error("PTX of generated code")]
     Ptx(#[from] PtxError),
@@ -65,7 +86,10 @@ pub enum LoadError {
 /// Runs launches of a list of kernels.
 pub enum Device {
     /// Their code for one CPU level.
+    #[cfg(feature = "compiler")]
     Cpu(Box<Compiled>),
+    /// Their code on a GPU.
+    Gpu(Box<OnGpu>),
     /// Their PTX on the emulator.
     Emulated(Box<Emulated>),
     /// The kernel interpreter: bounds, unwritten reads, races.
@@ -75,11 +99,35 @@ pub enum Device {
 }
 
 impl Device {
+    /// Compiles kernels for a GPU that is here, which runs them.
+    ///
+    /// # Errors
+    ///
+    /// What LLVM or the driver said.
+    #[cfg(feature = "compiler")]
+    pub fn gpu(
+        gpu: &Arc<Context>,
+        architecture: &Architecture,
+        kernels: &[Kernel],
+    ) -> Result<Device, LoadError> {
+        let kernels = numbered(kernels);
+        let ptx = nvptx::compile(&nvptx::llvm(&kernels, architecture)?, architecture)?;
+        let launcher = Launcher::new(Machine::Gpu(gpu.clone()));
+        let loaded = launcher.load(&kernels, &ptx, None)?;
+        Ok(Device::of_loaded(launcher, loaded))
+    }
+
+    /// Kernels that a GPU has loaded already.
+    pub fn of_loaded(launcher: Launcher, loaded: Loaded) -> Device {
+        Device::Gpu(Box::new(OnGpu { launcher, loaded }))
+    }
+
     /// Compiles kernels for a back end: a CPU's that this machine runs, or a GPU's, which the emulator runs.
     ///
     /// # Errors
     ///
     /// What LLVM, the linker or the loader said.
+    #[cfg(feature = "compiler")]
     pub fn of(backend: &Backend, kernels: &[Kernel]) -> Result<Device, LoadError> {
         match backend {
             Backend::Cpu(level) => Device::cpu(level, kernels),
@@ -102,6 +150,7 @@ impl Device {
     /// # Errors
     ///
     /// What LLVM, the linker or the loader said.
+    #[cfg(feature = "compiler")]
     pub fn cpu(level: &Level, kernels: &[Kernel]) -> Result<Device, LoadError> {
         Ok(Device::Cpu(Box::new(Compiled::new(level, kernels)?)))
     }
@@ -120,7 +169,9 @@ impl Device {
     ) -> Result<Option<Vec<Vec<f64>>>, LaunchError> {
         check_binding(kernel, held, &symbols)?;
         match self {
+            #[cfg(feature = "compiler")]
             Device::Cpu(compiled) => compiled.run(number, kernel, held, symbols).map(Some),
+            Device::Gpu(gpu) => gpu.run(number, kernel, held, symbols).map(Some),
             Device::Emulated(emulated) => emulated.run(number, kernel, held, symbols).map(Some),
             Device::Interpreter => {
                 let bound = |((_, buffer), held): ((_, &Buffer), &Held)| match held {
@@ -159,88 +210,6 @@ fn check_binding(kernel: &Kernel, held: &[Held], symbols: &[i64; MAX_SYMBOLS]) -
     Ok(())
 }
 
-/// Code of kernels, each its own entry point, for one worker and for two.
-pub struct Compiled {
-    by_workers: [Code; 2],
-}
-
-impl Compiled {
-    fn new(level: &Level, kernels: &[Kernel]) -> Result<Compiled, LoadError> {
-        let mut plan = Plan::default();
-        let mut named = Vec::new();
-        for (number, kernel) in kernels.iter().enumerate() {
-            let kernel = Kernel { name: number.to_string(), ..kernel.clone() };
-            let (name, family, schedule) = (kernel.name.clone(), kernel.family, kernel.schedule.clone());
-            let args = (0..kernel.params().count()).collect();
-            let launches = vec![Launch { kernel: number, args, cost: Cost::default() }];
-            plan.kernels.push(PlanKernel { name, family, schedule, measured: false });
-            plan.entries.push(Entry {
-                name: format!("launch.{number}"),
-                symbols: kernel.symbols.clone(),
-                give: Give::Nothing,
-                tokens: 0,
-                positions: 0,
-                logits: None,
-                token: None,
-                launches,
-            });
-            named.push(kernel);
-        }
-        let text = codegen::lower::module(&plan, &named, level.features, false);
-        let object = codegen::link::link(&codegen::cpu::compile(&text, level, Form::Object)?)?;
-        let load = |threads| Code::load(&object, plan.entries.iter().map(|e| e.name.as_str()), threads);
-        Ok(Compiled { by_workers: [load(1)?, load(2)?] })
-    }
-
-    /// Runs three times, by one worker and by two, in memory full of NaN and full of large numbers: the bits must be the
-    /// same, and what is not written is not the same.
-    fn run(
-        &mut self,
-        number: usize,
-        kernel: &Kernel,
-        held: &[Held],
-        symbols: [i64; MAX_SYMBOLS],
-    ) -> Result<Vec<Vec<f64>>, LaunchError> {
-        /// Every byte. As f32 or bf16 it is a NaN.
-        const NAN: u8 = 0xFF;
-        /// As f32 or bf16 it is 3.4e38.
-        const LARGE: u8 = 0x7F;
-        let params: Vec<Param> = kernel.params().map(|(_, buffer)| Param::new(buffer, &symbols)).collect();
-        let mut launch = |workers: usize, poison: u8| -> Result<Vec<Vec<u8>>, LaunchError> {
-            let with = params.iter().zip(held);
-            let before: Vec<Vec<u8>> = with.map(|(param, held)| param.bytes(held, poison)).collect();
-            let mut buffers = Vec::new();
-            for bytes in &before {
-                let mut buffer = Guarded::zeroed(bytes.len())?;
-                buffer.bytes_mut().copy_from_slice(bytes);
-                buffers.push(buffer);
-            }
-            self.by_workers[workers - 1].run_on(number, &mut buffers, symbols);
-            for ((param, buffer), before) in params.iter().zip(&buffers).zip(&before) {
-                if !buffer.is_intact() || !param.keeps(before, buffer.bytes()) {
-                    return Err(LaunchError::Strayed { param: param.buffer.name.clone() });
-                }
-            }
-            let elems = params.iter().zip(&buffers).map(|(param, buffer)| param.elems(buffer.bytes()));
-            Ok(elems.collect())
-        };
-        let first = launch(1, NAN)?;
-        for (workers, poison) in [(2, NAN), (1, LARGE)] {
-            let again = launch(workers, poison)?;
-            for (param, (first, again)) in params.iter().zip(first.iter().zip(&again)) {
-                let size = param.buffer.dtype.bytes(1);
-                let Some(byte) = first.iter().zip(again).position(|(a, b)| a != b) else { continue };
-                let (param, at) = (param.buffer.name.clone(), byte / size);
-                return Err(match workers {
-                    2 => LaunchError::Workers { param, at },
-                    _ => LaunchError::Leftover { param, at },
-                });
-            }
-        }
-        Ok(params.iter().zip(&first).map(|(param, bytes)| decode(param.buffer.dtype, bytes)).collect())
-    }
-}
-
 /// PTX of kernels, for the emulator.
 pub struct Emulated {
     /// Of each kernel: its phases.
@@ -250,11 +219,9 @@ pub struct Emulated {
 }
 
 impl Emulated {
+    #[cfg(feature = "compiler")]
     fn new(architecture: &Architecture, kernels: &[Kernel]) -> Result<Emulated, LoadError> {
-        let numbered =
-            |(number, kernel): (usize, &Kernel)| Kernel { name: number.to_string(), ..kernel.clone() };
-        let named: Vec<Kernel> = kernels.iter().enumerate().map(numbered).collect();
-        let ptx = nvptx::compile(&nvptx::llvm(&named, architecture)?, architecture)?;
+        let ptx = nvptx::compile(&nvptx::llvm(&numbered(kernels), architecture)?, architecture)?;
         let sm = architecture.cpu.parse().expect("the emulator knows every architecture");
         Ok(Emulated::of_ptx(&ptx, kernels.len(), sm)?)
     }
@@ -270,7 +237,7 @@ impl Emulated {
     /// Without such kernels.
     pub fn of_ptx(ptx: &str, kernels: usize, sm: Sm) -> Result<Emulated, PtxError> {
         let module = Module::parse(ptx)?;
-        let phase = |name: &str| module.kernel(&nvptx::symbol(name)).map(emulator::Program::new);
+        let phase = |name: &str| module.kernel(&gpu::symbol(name)).map(emulator::Program::new);
         let phases = |number: usize| {
             let first = phase(&number.to_string()).expect("every kernel is in it");
             let further = (1..).map_while(|after| phase(&format!("{number}..{after}")));
@@ -330,16 +297,86 @@ impl Emulated {
         };
         let first = launch(1, 1)?;
         for (seed, turns_each) in [(2, i64::MAX), (3, 2)] {
-            let again = launch(seed, turns_each)?;
-            for (param, (first, again)) in params.iter().zip(first.iter().zip(&again)) {
-                if let Some(byte) = first.iter().zip(again).position(|(a, b)| a != b) {
-                    let at = byte / param.buffer.dtype.bytes(1);
-                    return Err(LaunchError::Workers { param: param.buffer.name.clone(), at });
-                }
+            if let Some((param, at)) = differs(&params, &first, &launch(seed, turns_each)?) {
+                return Err(LaunchError::Workers { param, at });
             }
         }
-        Ok(params.iter().zip(&first).map(|(param, bytes)| decode(param.buffer.dtype, bytes)).collect())
+        Ok(decoded(&params, &first))
     }
+}
+
+/// Kernels on a GPU.
+pub struct OnGpu {
+    launcher: Launcher,
+    loaded: Loaded,
+}
+
+impl OnGpu {
+    /// Runs three times, with other numbers of CTAs, in memory full of NaN and full of large numbers: the bits must be the same,
+    /// and what is not written is not the same.
+    fn run(
+        &mut self,
+        number: usize,
+        kernel: &Kernel,
+        held: &[Held],
+        symbols: [i64; MAX_SYMBOLS],
+    ) -> Result<Vec<Vec<f64>>, LaunchError> {
+        let params: Vec<Param> = kernel.params().map(|(_, buffer)| Param::new(buffer, &symbols)).collect();
+        let device = |error: DeviceError| LaunchError::Gpu(Box::new(error));
+        let all = self.launcher.most_ctas();
+        let mut launch = |most_ctas: u32, poison: u8| -> Result<Vec<Vec<u8>>, LaunchError> {
+            self.launcher.clear();
+            let with = params.iter().zip(held);
+            let before: Vec<Vec<u8>> = with.map(|(param, held)| param.bytes(held, poison)).collect();
+            let blocks = before.iter().map(|bytes| self.launcher.block(bytes));
+            let blocks = blocks.collect::<Result<Vec<Block>, _>>().map_err(device)?;
+            self.launcher.launch(&self.loaded, number, &blocks, &symbols, most_ctas).map_err(device)?;
+            let mut elems = Vec::new();
+            for ((param, &block), before) in params.iter().zip(&blocks).zip(&before) {
+                let after = self.launcher.read(block, before.len()).map_err(device)?;
+                if !param.keeps(before, &after) {
+                    return Err(LaunchError::Strayed { param: param.buffer.name.clone() });
+                }
+                elems.push(param.elems(&after));
+            }
+            Ok(elems)
+        };
+        let first = launch(all, NAN)?;
+        for (most_ctas, poison) in [(3, NAN), (all, LARGE)] {
+            let again = launch(most_ctas, poison)?;
+            if let Some((param, at)) = differs(&params, &first, &again) {
+                return Err(match most_ctas == all {
+                    false => LaunchError::Workers { param, at },
+                    true => LaunchError::Leftover { param, at },
+                });
+            }
+        }
+        Ok(decoded(&params, &first))
+    }
+}
+
+/// Every byte of memory that holds nothing. As f32 or bf16 it is a NaN.
+const NAN: u8 = 0xFF;
+/// Another. As f32 or bf16 it is 3.4e38.
+const LARGE: u8 = 0x7F;
+
+/// The first parameter, with its element, that two launches left in other bits.
+fn differs(params: &[Param<'_>], first: &[Vec<u8>], again: &[Vec<u8>]) -> Option<(String, usize)> {
+    params.iter().zip(first.iter().zip(again)).find_map(|(param, (first, again))| {
+        let byte = first.iter().zip(again).position(|(a, b)| a != b)?;
+        Some((param.buffer.name.clone(), byte / param.buffer.dtype.bytes(1)))
+    })
+}
+
+/// The elements of each parameter.
+fn decoded(params: &[Param<'_>], elems: &[Vec<u8>]) -> Vec<Vec<f64>> {
+    params.iter().zip(elems).map(|(param, bytes)| decode(param.buffer.dtype, bytes)).collect()
+}
+
+/// Kernels under the names that their code has here.
+pub(crate) fn numbered(kernels: &[Kernel]) -> Vec<Kernel> {
+    let named = |(number, kernel): (usize, &Kernel)| Kernel { name: number.to_string(), ..kernel.clone() };
+    kernels.iter().enumerate().map(named).collect()
 }
 
 /// A parameter with where its elements lie.

@@ -16,12 +16,14 @@ use ir::interp::InterpError;
 use ir::kernel::Kernel;
 use ir::random::Rng;
 use ir::target::Target;
+use runtime::cuda::context::Context;
 use runtime::emulator::Sums;
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::ControlFlow;
+use std::sync::Arc;
 
 /// What is walked, and how far.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct Walk {
     /// Only groups of this family.
     pub family: Option<Family>,
@@ -33,6 +35,8 @@ pub struct Walk {
     pub backends: Vec<Backend>,
     /// What is done with kernels.
     pub how: Vec<How>,
+    /// The GPU that runs a GPU's code, if not the emulator.
+    pub gpu: Option<Arc<Context>>,
     /// How an emulated GPU's matrix units add.
     pub sums: Sums,
 }
@@ -40,7 +44,7 @@ pub struct Walk {
 /// What is done with kernels.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum How {
-    /// Compiled and run, a GPU's by the emulator.
+    /// Compiled and run.
     Code,
     /// Interpreted: with the default schedule and the first distribution, for it is slow.
     Interpreter,
@@ -249,10 +253,10 @@ impl Ctx<'_> {
         }
         for (backend, kernels) in walk.backends.iter().zip(&modules) {
             // Where nothing is to be compiled, nothing will run.
-            let device = if kernels.is_empty() {
-                Device::Null
-            } else {
-                Device::of(backend, kernels)?.adding(walk.sums)
+            let device = match (&walk.gpu, backend) {
+                _ if kernels.is_empty() => Device::Null,
+                (Some(gpu), Backend::Cuda(architecture)) => Device::gpu(gpu, architecture, kernels)?,
+                _ => Device::of(backend, kernels)?.adding(walk.sums),
             };
             self.devices.push((backend.name().to_string(), device));
         }

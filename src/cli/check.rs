@@ -1,23 +1,28 @@
 //! `check`: every kernel family on every shape and distribution of the table, judged; or instructions, with `--conformance`.
 
 use super::conformance;
+use super::device::DeviceOptions;
 use super::error::CliError;
 use super::interrupt;
 use super::screen::{Screen, columns, grouped, print, print_json};
 use clap::Args;
 use codegen::Backend;
 use codegen::backend::names;
-use codegen::nvptx::ARCHITECTURES;
+use codegen::nvptx::{ARCHITECTURES, Architecture};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use ir::graph::Family;
-use llamac::check::cases::{cases, gpu, random};
+use llamac::check::cases::{self, cases, random};
 use llamac::check::walk::{Failure, How, Report, Walk, levels, walk};
 use llamac::compare::reproducer::Reproducer;
 use llamac::compile::CompileError;
+use runtime::cuda::Cuda;
+use runtime::cuda::context::Context;
 use runtime::emulator::Sums;
+use runtime::gpu;
 use serde_json::json;
 use std::ops::ControlFlow;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 /// Schedules of a group, unless all are asked for.
 const SCHEDULES: usize = 4;
@@ -64,10 +69,10 @@ pub fn check(options: &Options, screen: &Screen) -> Result<(), CliError> {
     if let Some(folder) = options.reproducer.as_ref().filter(|folder| folder.symlink_metadata().is_ok()) {
         return Err(CliError::Usage(format!("--reproducer {}: it is there already", folder.display())));
     }
-    let (backends, how) = devices(options, screen)?;
+    let On { backends, how, gpu } = on(options, screen)?;
     let mut table = cases();
     if matches!(backends.first(), Some(Backend::Cuda(_))) {
-        table.extend(gpu(options.exhaustive));
+        table.extend(cases::gpu(options.exhaustive));
     }
     table.extend(random(options.seed, RANDOM[usize::from(options.exhaustive)]));
     table.retain(|case| case.name.contains(&options.cases.filter));
@@ -75,8 +80,15 @@ pub fn check(options: &Options, screen: &Screen) -> Result<(), CliError> {
         return Err(CliError::Usage(format!("no case has `{}` in its name", options.cases.filter)));
     }
     let schedules = (!options.exhaustive).then_some(SCHEDULES);
-    let plan =
-        Walk { family: options.family, schedules, seed: options.seed, backends, how, sums: Sums::default() };
+    let plan = Walk {
+        family: options.family,
+        schedules,
+        seed: options.seed,
+        backends,
+        how,
+        gpu,
+        sums: Sums::default(),
+    };
 
     let bar = ProgressBar::new(table.len() as u64);
     let style = "{bar:30} {pos}/{len} cases, {elapsed}, {eta} left";
@@ -114,33 +126,56 @@ pub fn check(options: &Options, screen: &Screen) -> Result<(), CliError> {
     }
 }
 
-/// What kernels are compiled for, and what is done with them.
-fn devices(options: &Options, screen: &Screen) -> Result<(Vec<Backend>, Vec<How>), CliError> {
+/// Where kernels run.
+struct On {
+    /// What they are compiled for.
+    backends: Vec<Backend>,
+    /// What is done with them.
+    how: Vec<How>,
+    /// The GPU that runs them.
+    gpu: Option<Arc<Context>>,
+}
+
+fn on(options: &Options, screen: &Screen) -> Result<On, CliError> {
+    let name = options.cases.device.as_str();
+    let device = DeviceOptions { threads: None, device: name.to_string() };
+    let code = |backends| On { backends, how: vec![How::Code], gpu: None };
+    let of_gpus = |runs: &dyn Fn(&Architecture) -> bool| {
+        ARCHITECTURES.iter().filter(|&a| runs(a)).map(Backend::Cuda).collect::<Vec<_>>()
+    };
+    if let Some(number) = device.cuda() {
+        let cuda = Cuda::new(number)?;
+        let takes = gpu::takes(cuda.gpu().capability);
+        let backends = of_gpus(&|a| takes.iter().any(|&(sm, _)| sm == a.cpu));
+        return Ok(On { gpu: Some(cuda.context()?), ..code(backends) });
+    }
     let (here, missing) = levels().map_err(CompileError::from)?;
-    let how = match options.cases.device.as_str() {
-        "interpreter" => How::Interpreter,
-        "null" => How::Null,
+    let how = match name {
+        "interpreter" => vec![How::Interpreter],
+        "null" => vec![How::Null],
         "cpu" => {
             for name in missing {
                 screen.note(format!("skipped: {name}: this machine does not run it"));
             }
-            return Ok((here, vec![How::Code]));
+            return Ok(code(here));
         }
-        "ptx-emulator" => {
-            let backends = ARCHITECTURES.iter().map(Backend::Cuda).collect();
-            return Ok((backends, vec![How::Code]));
+        "ptx-emulator" => return Ok(code(of_gpus(&|_| true))),
+        name if let Some(sm) = device.emulated() => {
+            let backends = of_gpus(&|a| a.cpu == sm.name());
+            let none = || CliError::Usage(format!("{name}: kernels are made for sm_80 and sm_90a"));
+            return backends.first().map(|_| code(backends.clone())).ok_or_else(none);
         }
         name if names().iter().any(|known| known.0 == name) => {
             let level = here.into_iter().find(|level| level.name() == name);
             let level = level.ok_or_else(|| CliError::Usage(format!("this machine does not run {name}")))?;
-            return Ok((vec![level], vec![How::Code]));
+            return Ok(code(vec![level]));
         }
         name => {
-            let known = "cpu, ptx-emulator, interpreter, null, and each of the targets cpu:...";
+            let known = "cpu, each of the targets cpu:..., cuda, cuda:N, ptx-emulator, ptx-emulator:SM, interpreter, null";
             return Err(CliError::NoDevice { name: name.to_string(), known });
         }
     };
-    Ok((here.into_iter().take(1).collect(), vec![how]))
+    Ok(On { backends: here.into_iter().take(1).collect(), how, gpu: None })
 }
 
 fn as_text(options: &Options, report: &Report) -> String {
@@ -182,6 +217,8 @@ fn again(options: &Options, failure: &Failure) -> String {
     let exhaustive = if options.exhaustive { " --exhaustive" } else { "" };
     let Failure { family, case, device, .. } = failure;
     let family = family.name();
+    // Of a GPU's code the table says what it was compiled for, and not what ran it.
+    let device = if device.starts_with("cuda") { &options.cases.device } else { device };
     format!(
         "llamac check --device {device} --family {family} --filter '{case}' --seed {}{exhaustive}",
         options.seed

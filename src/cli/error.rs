@@ -304,6 +304,7 @@ impl CliError {
             CliError::Walk(error) => match error {
                 WalkError::Load(LoadError::Codegen(error)) => codegen(error),
                 WalkError::Load(LoadError::Code(_)) => Exit::Device,
+                WalkError::Load(LoadError::Gpu(error)) => device(error),
                 WalkError::Load(LoadError::Ptx(_)) | WalkError::Lower(_) | WalkError::Case { .. } => {
                     Exit::Bug
                 }
@@ -324,6 +325,7 @@ impl CliError {
             CliError::Reproducer(error) => match error {
                 ReproducerError::Load(LoadError::Codegen(error)) => codegen(error),
                 ReproducerError::Load(LoadError::Code(_)) => Exit::Device,
+                ReproducerError::Load(LoadError::Gpu(error)) => device(error),
                 ReproducerError::Load(LoadError::Ptx(_)) => Exit::Bug,
                 ReproducerError::Machine { .. } => Exit::Artifact,
                 ReproducerError::File(_) | ReproducerError::Lower(_) | ReproducerError::Oracle(_) => {

@@ -29,7 +29,15 @@ fn emulated(architecture: &'static Architecture) -> Checked<()> {
     // As far as anybody knows how matrix units add, and as nobody's do.
     for (name, sums) in [("", Sums::Truncated), (", exact sums", Sums::Exact)] {
         let backends = vec![Backend::Cuda(architecture)];
-        let plan = Walk { family: None, schedules: Some(1), seed: 1, backends, how: vec![How::Code], sums };
+        let plan = Walk {
+            family: None,
+            schedules: Some(1),
+            seed: 1,
+            backends,
+            how: vec![How::Code],
+            gpu: None,
+            sums,
+        };
         let mut cases = gpu(false);
         cases.retain(|case| sums == Sums::Truncated || !case.name.contains(" f32 "));
         let report = walk(&plan, &cases, &mut |_, _| ControlFlow::Continue(()))?;
@@ -46,6 +54,7 @@ fn ops(family: Family) -> Checked<()> {
         seed: 1,
         backends,
         how: vec![How::Code, How::Interpreter, How::Null],
+        gpu: None,
         sums: Sums::default(),
     };
     let report = walk(&plan, &cases(), &mut |_, _| ControlFlow::Continue(()))?;

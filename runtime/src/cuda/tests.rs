@@ -7,10 +7,12 @@ use super::*;
 use crate::artifact::ArtifactWriter;
 use crate::conformance::{self, Machine};
 use crate::device::feed;
-use crate::emulator::{Sm, Sums};
+use crate::emulator::{Options, Sm, Sums};
+use crate::launcher::Launcher;
 use crate::manifest::GPU_WEIGHTS;
 use crate::ptx_emulator::PtxEmulator;
 use fake::with;
+use ir::dim::MAX_SYMBOLS;
 use ir::plan;
 use libloading::Library;
 use std::path::Path;
@@ -484,4 +486,57 @@ fn a_driver_that_does_not_start_says_why() {
     with(|fake| fake.fault = Some(("cuInit", 0, 100)));
     let said = fake::restart().err().unwrap().to_string();
     assert_eq!(said, "the driver does not start: cuInit: CUDA_ERROR_NO_DEVICE");
+}
+
+/// `y = 2 x`, one CTA for any number of elements.
+const DOUBLE: &str = "kernel @double : elementwise, schedule \"\", 32 threads (T in 1..1) {
+  param %x : read f32[64]
+  param %y : write f32[64]
+  parallel %i in 0..2 {
+    let %a = load %x[%i * 32 + thread] : f32
+    store %y[%i * 32 + thread] = %a + %a
+  }
+}
+";
+const DOUBLE_PTX: &str = ".version 7.4
+.target sm_80
+.address_size 64
+.visible .entry k_double(.param .b64 x, .param .b64 y, .param .b32 T)
+{
+\t.reg .b32 %r<3>;
+\t.reg .b64 %rd<4>;
+\tmov.u32 %r1, %tid.x;
+\tmul.wide.u32 %rd3, %r1, 4;
+\tld.param.b64 %rd1, [x];
+\tld.param.b64 %rd2, [y];
+\tadd.s64 %rd1, %rd1, %rd3;
+\tadd.s64 %rd2, %rd2, %rd3;
+\tld.global.b32 %r2, [%rd1];
+\tadd.f32 %r2, %r2, %r2;
+\tst.global.b32 [%rd2], %r2;
+\tld.global.b32 %r2, [%rd1+128];
+\tadd.f32 %r2, %r2, %r2;
+\tst.global.b32 [%rd2+128], %r2;
+\tret;
+}
+";
+
+#[test]
+fn kernels_alone_give_the_same_on_a_gpu_and_on_the_emulator() {
+    let kernels = ir::kernel::parse::parse(DOUBLE).unwrap();
+    let options = Options { sm: Sm::Sm80, seed: 0, sums: Sums::default() };
+    for machine in [Machine::Emulator(options), Machine::Gpu(cuda().context().unwrap())] {
+        let mut launcher = Launcher::new(machine);
+        let loaded = launcher.load(&kernels, DOUBLE_PTX, None).unwrap();
+        let bytes = |f: fn(usize) -> f32| (0..64).flat_map(|i| f(i).to_le_bytes()).collect::<Vec<u8>>();
+        let x = launcher.block(&bytes(|i| i as f32)).unwrap();
+        let y = launcher.block(&[0; 256]).unwrap();
+        let seconds = launcher.launch(&loaded, 0, &[x, y], &[0; MAX_SYMBOLS], 1).unwrap();
+        assert!(seconds > 0.0);
+        assert_eq!(launcher.read(y, 256).unwrap(), bytes(|i| 2.0 * i as f32));
+        // Beyond its memory: a fault, on the GPU for ever.
+        let small = launcher.block(&[0; 128]).unwrap();
+        let fault = launcher.launch(&loaded, 0, &[x, small], &[0; MAX_SYMBOLS], 1).unwrap_err();
+        assert!(fault.to_string().starts_with("launch of double failed: "), "{fault}");
+    }
 }
