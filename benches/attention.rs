@@ -5,7 +5,7 @@
 
 use ir::families::{self, GroupView};
 use ir::passes::{PASSES, Run};
-use llamac::measure::Alone;
+use llamac::measure::alone::Alone;
 use runtime::meter::{self, Dot, Meter};
 
 /// Turns of causal and full attention, of which the median counts.

@@ -7,7 +7,7 @@
 use codegen::cpu::Level;
 use ir::DType;
 use ir::families::{self, GroupView};
-use llamac::measure::Alone;
+use llamac::measure::alone::Alone;
 use llamac::pipeline::{Request, lower};
 use llamac::predict::Ceilings;
 use runtime::map::OwnedBuf;

@@ -1,7 +1,7 @@
 //! The command line: one file a verb, and what verbs share.
 //!
-//! * Verbs: [`inspect`], [`run`], [`logits`], [`tokenize`], [`eval`], [`bench`], [`profile`], [`doctor`]; with the compiler
-//!   [`plan`], [`diff`], [`compile`], [`tune`], [`opt`], [`emit`], [`check`], [`compare`].
+//! * Verbs: [`inspect`], [`run`], [`logits`], [`tokenize`], [`eval`], [`bench`], [`profile`], [`tune`],
+//!   [`doctor`]; with the compiler [`plan`], [`diff`], [`compile`], [`opt`], [`emit`], [`check`], [`compare`].
 //! * [`source`]: the MODEL argument to an artifact, compiled into the cache folder if it is none; [`prompt`]: text to
 //!   tokens; [`device`]: where to run.
 //! * [`error`]: every error with its exit code; [`screen`]: columns, units, JSON, notes; [`interrupt`]: Ctrl-C.
@@ -42,7 +42,6 @@ mod emit;
 mod opt;
 #[cfg(feature = "compiler")]
 mod plan;
-#[cfg(feature = "compiler")]
 mod tune;
 
 use clap::{Args, CommandFactory, Parser, Subcommand};
@@ -93,10 +92,8 @@ enum Verb {
     #[cfg(feature = "compiler")]
     Compile(compile::Options),
     /// Find the fastest schedule of each kernel on this machine
-    #[cfg(feature = "compiler")]
     Tune(tune::Options),
     /// What `tune` starts
-    #[cfg(feature = "compiler")]
     #[command(hide = true)]
     TuneWorker,
     /// Write text
@@ -136,9 +133,6 @@ enum Verb {
     #[cfg(not(feature = "compiler"))]
     #[command(hide = true)]
     Compile(WithoutCompiler),
-    #[cfg(not(feature = "compiler"))]
-    #[command(hide = true)]
-    Tune(WithoutCompiler),
     #[cfg(not(feature = "compiler"))]
     #[command(hide = true)]
     Opt(WithoutCompiler),
@@ -196,9 +190,7 @@ fn dispatch(verb: Verb, screen: &Screen) -> Result<ExitCode, CliError> {
         Verb::Diff(options) => diff::diff(&options, screen),
         #[cfg(feature = "compiler")]
         Verb::Compile(options) => compile::compile(&options, screen),
-        #[cfg(feature = "compiler")]
         Verb::Tune(options) => tune::tune(&options, screen),
-        #[cfg(feature = "compiler")]
         Verb::TuneWorker => tune::worker(),
         #[cfg(feature = "compiler")]
         Verb::Opt(options) => opt::opt(&options, screen),
@@ -214,8 +206,6 @@ fn dispatch(verb: Verb, screen: &Screen) -> Result<ExitCode, CliError> {
         Verb::Diff(_) => Err(CliError::NoCompiler { what: "diff".into() }),
         #[cfg(not(feature = "compiler"))]
         Verb::Compile(_) => Err(CliError::NoCompiler { what: "compile".into() }),
-        #[cfg(not(feature = "compiler"))]
-        Verb::Tune(_) => Err(CliError::NoCompiler { what: "tune".into() }),
         #[cfg(not(feature = "compiler"))]
         Verb::Opt(_) => Err(CliError::NoCompiler { what: "opt".into() }),
         #[cfg(not(feature = "compiler"))]

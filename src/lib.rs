@@ -12,7 +12,7 @@
 //! * [`judge`]: what counts as right; the only place with tolerances.
 //! * [`file_error`]: why a file that belongs to a comparison cannot be used.
 //! * [`mod@reference`]: files that say what a model's logits are; [`compare`]: a program against them and the checkpoint.
-//! * [`measure`] (feature `compiler`): the time of one kernel alone.
+//! * [`measure`]: the time of one kernel alone.
 //! * [`check`]: kernels judged one by one.
 //! * [`tune`]: schedules chosen by measuring.
 //! * [`compile`] (feature `compiler`): code for each target, and the artifact.
@@ -25,7 +25,6 @@ pub mod diff;
 pub mod eval;
 pub mod file_error;
 pub mod judge;
-#[cfg(feature = "compiler")]
 pub mod measure;
 pub mod model;
 pub mod pipeline;

@@ -29,7 +29,7 @@ pub struct Request<'a> {
     pub dtype: DType,
     /// Positions that a sequence may have.
     pub context: usize,
-    /// Schedules that were measured: they are taken, and the model of cost chooses the others.
+    /// Schedules that were measured, or argued from machine code: they are taken, and the model of cost chooses the others.
     pub measured: Option<&'a Choices>,
 }
 
@@ -105,9 +105,9 @@ impl Lowered {
     /// The records of the choices that groups took for a target, each once.
     pub fn taken(&self, target: &str, choices: &Choices) -> Vec<Record> {
         let groups = self.entries.iter().flat_map(|entry| GroupView::all(&entry.graph));
-        let measured = groups.filter(|view| view.graph.groups[view.id.0 as usize].measured);
+        let found = groups.filter_map(|view| choices.get(target, &digest(&signature(&view))));
         let mut taken: Vec<Record> = Vec::new();
-        for record in measured.filter_map(|view| choices.get(target, &digest(&signature(&view)))) {
+        for record in found {
             if !taken.contains(record) {
                 taken.push(record.clone());
             }
@@ -128,7 +128,8 @@ pub fn lower(request: &Request<'_>, target: &Target) -> Result<Lowered, LowerErr
         if let (Some(choices), "schedule") = (request.measured, pass.name) {
             graphs.iter_mut().for_each(|(graph, _)| {
                 pin(graph, &|view| {
-                    choices.get(&target.name, &digest(&signature(view))).map(|record| record.schedule.clone())
+                    let record = choices.get(&target.name, &digest(&signature(view)))?;
+                    Some((record.schedule.clone(), !record.key.predicted))
                 })
             });
         }

@@ -39,10 +39,10 @@ use llamac::compile::CompileError;
 use llamac::file_error::FileError;
 #[cfg(feature = "compiler")]
 use llamac::profile::machine_code::ArgueError;
-#[cfg(feature = "compiler")]
+use llamac::tune::candidates::CandidatesError;
 use llamac::tune::search::SearchError;
-#[cfg(feature = "compiler")]
 use llamac::tune::table::TableError;
+use llamac::tune::worker::TasksError;
 
 /// Why the command ends, as a number for scripts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -106,7 +106,6 @@ pub enum CliError {
     #[error(transparent)]
     Compile(#[from] CompileError),
     /// A tuning table.
-    #[cfg(feature = "compiler")]
     #[error(transparent)]
     Table(#[from] TableError),
     /// Layers cannot be judged.
@@ -114,9 +113,11 @@ pub enum CliError {
     #[error(transparent)]
     Layers(#[from] LayersError),
     /// Tuning.
-    #[cfg(feature = "compiler")]
     #[error(transparent)]
     Search(#[from] SearchError),
+    /// What is to be tuned.
+    #[error(transparent)]
+    Tasks(#[from] TasksError),
     /// The device cannot load or run.
     #[error(transparent)]
     Device(#[from] DeviceError),
@@ -246,6 +247,12 @@ pub enum CliError {
     Output(#[from] io::Error),
 }
 
+impl From<CandidatesError> for CliError {
+    fn from(error: CandidatesError) -> CliError {
+        CliError::Tasks(error.into())
+    }
+}
+
 impl CliError {
     /// The exit code.
     pub fn exit(&self) -> Exit {
@@ -254,7 +261,6 @@ impl CliError {
             CliError::Model(error) => model(error),
             #[cfg(feature = "compiler")]
             CliError::Compile(error) => compile(error),
-            #[cfg(feature = "compiler")]
             CliError::Table(error) => match error {
                 TableError::Io { source, .. } if source.kind() != io::ErrorKind::NotFound => {
                     write_failed(source)
@@ -270,11 +276,21 @@ impl CliError {
                 LayersError::NoEntry => Exit::Artifact,
                 LayersError::Nothing { .. } => Exit::Model,
             },
-            #[cfg(feature = "compiler")]
             CliError::Search(error) => match error {
                 SearchError::Table(_) => Exit::Room,
                 SearchError::Start { .. } => Exit::Device,
                 SearchError::Interrupted => Exit::Interrupted,
+            },
+            CliError::Tasks(TasksError::Lower(_)) => Exit::Model,
+            CliError::Tasks(TasksError::Candidates(error)) => match error {
+                CandidatesError::Artifact(error) => artifact(error),
+                CandidatesError::Version { .. }
+                | CandidatesError::Missing { .. }
+                | CandidatesError::Foreign { .. } => Exit::Artifact,
+                #[cfg(feature = "compiler")]
+                CandidatesError::Codegen(error) => codegen(error),
+                #[cfg(feature = "compiler")]
+                CandidatesError::Lower(_) => Exit::Model,
             },
             CliError::Device(error) => device(error),
             CliError::NoDevice { .. } => Exit::Device,
@@ -389,7 +405,6 @@ impl CliError {
             CliError::Model(ModelError::Preset { name, known }) => Facts::of(name, known),
             #[cfg(feature = "compiler")]
             CliError::Compile(error) => compile_facts(error),
-            #[cfg(feature = "compiler")]
             CliError::Table(
                 TableError::Io { file, .. } | TableError::Record { file, .. } | TableError::Locked { file },
             ) => Facts::default().file(file),
@@ -401,8 +416,16 @@ impl CliError {
                     Facts::default()
                 }
             },
-            #[cfg(feature = "compiler")]
-            CliError::Search(_) => Facts::default(),
+            CliError::Search(_) | CliError::Tasks(TasksError::Lower(_)) => Facts::default(),
+            CliError::Tasks(TasksError::Candidates(error)) => match error {
+                CandidatesError::Artifact(error) => artifact_facts(error),
+                CandidatesError::Version { file, found, expected } => Facts::of(found, expected).file(file),
+                CandidatesError::Missing { file, .. } | CandidatesError::Foreign { file, .. } => {
+                    Facts::default().file(file)
+                }
+                #[cfg(feature = "compiler")]
+                CandidatesError::Codegen(_) | CandidatesError::Lower(_) => Facts::default(),
+            },
             CliError::Device(error) | CliError::Generate(GenerateError::Device(error)) => device_facts(error),
             CliError::NoDevice { name, known } => Facts::of(name, known),
             CliError::Generate(GenerateError::Sample(error)) | CliError::Sample(error) => match error {

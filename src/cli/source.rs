@@ -10,7 +10,10 @@ use ir::plan::Plan;
 use llamac::compile::CompileError;
 use llamac::model::Model;
 #[cfg(feature = "compiler")]
-use llamac::tune::table::{Choices, Table};
+use llamac::tune::{
+    Here,
+    table::{Choices, Table},
+};
 use runtime::artifact::Artifact;
 use runtime::device::DeviceError;
 use runtime::manifest::{Manifest, TargetCode};
@@ -79,8 +82,8 @@ impl BuildOptions {
     pub fn choices(&self, screen: &Screen) -> Result<Option<Choices>, CliError> {
         let Some(file) = &self.tune_db else { return Ok(None) };
         let table = Table::read(file)?;
-        let machine = llamac::tune::machine().map_err(CompileError::from)?;
-        let choices = table.choices(&llamac::tune::compiler(), &machine);
+        let here = Here::new().map_err(CompileError::from)?;
+        let choices = table.choices(&|key| here.holds(key));
         let others = Choices::of(table.records.iter()).records().count() - choices.records().count();
         if others > 0 {
             screen.note(format!(

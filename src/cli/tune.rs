@@ -1,20 +1,27 @@
 //! `tune`: the fastest schedule of each kernel on this machine, into a table that `compile --tune-db` reads.
 
+use super::device::DeviceOptions;
 use super::error::CliError;
 use super::interrupt;
-use super::plan::Lowering;
 use super::screen::{Screen, columns, print, print_json, short};
-use super::source::BuildOptions;
+#[cfg(feature = "compiler")]
+use super::{plan::Lowering, source::BuildOptions};
 use clap::Args;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
-use llamac::compile::CompileError;
-use llamac::model::Model;
+use llamac::tune::candidates::Candidates;
 use llamac::tune::report::{self, Choice, Prediction};
 use llamac::tune::search::{Limits, Progress, Search};
-use llamac::tune::table::{Choices, Table, TableFile};
-use llamac::tune::worker::{Setup, serve};
-use llamac::tune::{compiler, machine};
-use runtime::pool;
+use llamac::tune::table::{Choices, Key, Table, TableFile};
+use llamac::tune::worker::{On, Setup, serve};
+#[cfg(feature = "compiler")]
+use llamac::{
+    compile::CompileError,
+    model::Model,
+    profile::{gpus::GPUS, machine_code::own_gpu},
+    tune::{self, candidates::pack, task::Task},
+};
+use runtime::cuda::Cuda;
+use runtime::gpu;
 use serde_json::json;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
@@ -22,23 +29,43 @@ use std::process::Command;
 use std::time::Duration;
 use std::{env, fs, io};
 
+/// Candidates of a kernel that are packed beside the default, the best predicted.
+#[cfg(feature = "compiler")]
+const PACKED: usize = 7;
+
 #[derive(Args)]
 #[command(after_help = "\
 Each candidate must be right before it is timed; it is timed in turn with the default, in a process of its own. What is measured
 is in the table at once: stop it when you like, and start it again to go on. Tables of several machines may be written one
 behind the other; what another machine or compiler measured is tried first and never taken for measured here.
 
+Without a GPU, `--predict` orders the schedules of its kernels by times that are argued from their machine code (as `profile
+--static` does, with ptxas and nvdisasm). What was argued is marked: what is measured later goes before it. `--pack` writes the
+best of them as code, for `--from-bundle` on a machine that has the GPU and no compiler.
+
 Example:
   llamac tune preset:tinyllama-1.1b --dtype bf16 --budget 10m --db tune.jsonl
   llamac compile TinyLlama-1.1B/ -o tiny.llamac --dtype bf16 --tune-db tune.jsonl
-  llamac tune --show --db tune.jsonl")]
+  llamac tune --show --db tune.jsonl
+  llamac tune preset:llama-7b --predict h100 --pack 7b.candidates --db tune.jsonl
+  llamac tune --from-bundle 7b.candidates --device cuda:0 --db h100.jsonl")]
 pub struct Options {
     /// Model whose kernels are tuned; weights are not needed
-    #[arg(required_unless_present_any = ["show", "report", "import"])]
+    #[arg(required_unless_present_any = ["show", "report", "import", "from_bundle"])]
     model: Option<String>,
-    /// cpu: this machine with all its instructions; or a level that it runs, as cpu:x86-64-v3
+    /// cpu: this machine with all its instructions; a level that it runs, as cpu:x86-64-v3; cuda[:N], a GPU; ptx-emulator[:SM],
+    /// which times emulating
     #[arg(long, default_value = "cpu", value_name = "DEVICE")]
     device: String,
+    /// Measure nothing: argue times from machine code for this GPU: a100, h100, h200, rtx4090
+    #[arg(long, value_name = "GPU", conflicts_with = "device", requires = "model")]
+    predict: Option<String>,
+    /// Write the code of the best predicted candidates of each kernel to this file
+    #[arg(long, value_name = "FILE", requires = "predict")]
+    pack: Option<PathBuf>,
+    /// Tune what was packed into this file, on a GPU: --device cuda:N
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["model", "dtype", "ctx"])]
+    from_bundle: Option<PathBuf>,
     /// Time to spend, as 90s, 10m or 2h
     #[arg(long, default_value = "10m", value_name = "TIME", value_parser = duration)]
     budget: Duration,
@@ -84,22 +111,172 @@ fn duration(text: &str) -> Result<Duration, String> {
     }
 }
 
+/// What is searched, and what its records hold for.
+struct Job {
+    setup: Setup,
+    compiler: String,
+    machine: String,
+}
+
 pub fn tune(options: &Options, screen: &Screen) -> Result<(), CliError> {
     let path = options.db.clone().map_or_else(default_table, Ok)?;
-    let machine = machine().map_err(CompileError::from)?;
     if let Some(other) = &options.import {
         let new = TableFile::open(&path)?.merge(Table::read(other)?)?;
         screen.note(format!("{}: {new} records added", path.display()));
     }
-    if let Some(argument) = &options.model {
-        search(options, argument, &path, &machine, screen)?;
+    let job = match (&options.from_bundle, &options.model) {
+        (Some(file), _) => Some(bundled(options, file)?),
+        (None, Some(argument)) => Some(modelled(options, argument, screen)?),
+        (None, None) => None,
+    };
+    if let Some(job) = &job {
+        search(options, job, &path, screen)?;
     }
     let table = Table::read(&path)?;
-    let shown = Shown { path: &path, machine: &machine, table: &table };
+    #[cfg(feature = "compiler")]
+    if let (Some(file), Some(job)) = (&options.pack, &job) {
+        packed(file, job, &table, screen)?;
+    }
+    let shown = Shown { path: &path, table: &table, here: &here(&job)? };
     match options.report {
         true => shown.report(screen),
         false => shown.choices(screen),
     }
+}
+
+/// Does a record hold here?
+type Holds = Box<dyn Fn(&Key) -> bool>;
+
+/// Which records are shown: those of what was searched; else those that hold for code that is compiled here.
+fn here(job: &Option<Job>) -> Result<Holds, CliError> {
+    if let Some(Job { compiler, machine, .. }) = job {
+        let (compiler, machine) = (compiler.clone(), machine.clone());
+        return Ok(Box::new(move |key| key.compiler == compiler && key.machine == machine));
+    }
+    #[cfg(feature = "compiler")]
+    {
+        let here = tune::Here::new().map_err(CompileError::from)?;
+        Ok(Box::new(move |key| here.holds(key)))
+    }
+    // Who compiles nothing looks at all that there is.
+    #[cfg(not(feature = "compiler"))]
+    Ok(Box::new(|_| true))
+}
+
+/// A GPU, real or emulated, that candidates run on.
+struct GpuDevice {
+    /// By its full name.
+    name: String,
+    /// In tenths.
+    capability: u32,
+    /// What records of it hold for.
+    machine: String,
+}
+
+impl GpuDevice {
+    fn of(device: &str) -> Result<Option<GpuDevice>, CliError> {
+        let options = DeviceOptions { threads: None, device: device.to_string() };
+        if let Some(number) = options.cuda() {
+            let cuda = Cuda::new(number)?;
+            let machine = format!("{}, driver of CUDA {}", cuda.gpu().name, cuda.version());
+            let capability = cuda.gpu().capability;
+            return Ok(Some(GpuDevice { name: format!("cuda:{number}"), capability, machine }));
+        }
+        Ok(options.emulated().map(|sm| {
+            let name = format!("ptx-emulator:{}", sm.name());
+            let machine = format!("{name} on {}", runtime::cpu::model_name());
+            GpuDevice { name, capability: sm.capability(), machine }
+        }))
+    }
+}
+
+/// What a file of candidates has.
+fn bundled(options: &Options, file: &Path) -> Result<Job, CliError> {
+    let head = Candidates::open(file)?.head;
+    let known = "with --from-bundle: cuda, cuda:N, ptx-emulator, ptx-emulator:SM";
+    let device = GpuDevice::of(&options.device)?
+        .ok_or_else(|| CliError::NoDevice { name: options.device.clone(), known })?;
+    let target = &head.setup.target.name;
+    if !gpu::takes(device.capability).iter().any(|(sm, _)| target.strip_prefix("cuda:") == Some(sm)) {
+        let has = gpu::capability_text(device.capability);
+        return Err(CliError::Usage(format!(
+            "{}: candidates for {target}, which {} of compute capability {has} does not run",
+            file.display(),
+            device.name
+        )));
+    }
+    let on = On::Gpu { device: device.name, candidates: Some(file.to_path_buf()) };
+    Ok(Job { setup: Setup { on, ..head.setup }, compiler: head.compiler, machine: device.machine })
+}
+
+#[cfg(not(feature = "compiler"))]
+fn modelled(_: &Options, _: &str, _: &Screen) -> Result<Job, CliError> {
+    Err(CliError::NoCompiler { what: "tune MODEL".into() })
+}
+
+/// What a model has.
+#[cfg(feature = "compiler")]
+fn modelled(options: &Options, argument: &str, screen: &Screen) -> Result<Job, CliError> {
+    use codegen::{Backend, nvptx::ARCHITECTURES};
+    use runtime::pool;
+    let model = Model::open(argument)?;
+    if matches!(model, Model::Artifact(_)) {
+        return Err(CliError::Usage(format!("{argument} is compiled already: tune what it was made from")));
+    }
+    let levels = || -> Result<Vec<Backend>, CliError> {
+        Ok(llamac::check::walk::levels().map_err(CompileError::from)?.0)
+    };
+    let device = GpuDevice::of(&options.device)?;
+    let name = options.device.as_str();
+    let (target, on, machine) = match (&options.predict, device) {
+        (Some(gpu), _) => {
+            let known = || GPUS.map(|gpu| gpu.name).join(", ");
+            let gpu = GPUS.iter().find(|one| one.name == gpu);
+            let gpu =
+                gpu.ok_or_else(|| CliError::Usage(format!("--predict: expected one of {}", known())))?;
+            let best = |a: &&codegen::nvptx::Architecture| {
+                own_gpu(a).is_some_and(|own| gpu::takes(own.capability)[0] == gpu::takes(gpu.capability)[0])
+            };
+            let architecture = ARCHITECTURES.iter().find(best).expect("each GPU of the table has a target");
+            let machine = gpu.name.to_string();
+            (architecture.name.to_string(), On::Nowhere { gpu: machine.clone() }, machine)
+        }
+        (None, Some(GpuDevice { name, capability, machine })) => {
+            let target = super::device::Machine::Cuda { capability }.target().to_string();
+            (target, On::Gpu { device: name, candidates: None }, machine)
+        }
+        (None, None) => {
+            let target = match name {
+                "cpu" => "cpu:native",
+                level if levels()?.iter().any(|known| known.name() == level) => level,
+                _ => {
+                    let known = "cpu, each of the targets cpu:... that this machine runs, cuda, cuda:N, ptx-emulator, ptx-emulator:SM";
+                    return Err(CliError::NoDevice { name: name.to_string(), known });
+                }
+            };
+            let on = On::Cpu { threads: pool::physical_cores() };
+            (target.to_string(), on, tune::machine().map_err(CompileError::from)?)
+        }
+    };
+    let build = BuildOptions { dtype: options.dtype, ctx: options.ctx, ..BuildOptions::default() };
+    let Lowering { config, dtype, context, .. } = Lowering::of(&model, &build, Some(&target), screen)?;
+    let compiler = tune::compiler(&target);
+    let target = Backend::of(&target).map_err(CompileError::from)?.target();
+    Ok(Job { setup: Setup { config, dtype, context, target, on }, compiler, machine })
+}
+
+/// Writes the code of the best candidates.
+#[cfg(feature = "compiler")]
+fn packed(file: &Path, job: &Job, table: &Table, screen: &Screen) -> Result<(), CliError> {
+    let Job { setup, compiler, .. } = job;
+    let tasks = setup.tasks()?;
+    let seconds = |task: &Task| {
+        let argued = table.predicted(&setup.target.name, &task.group, compiler);
+        argued.into_iter().map(|(schedule, seconds)| (seconds, schedule.to_string())).collect()
+    };
+    let count = pack(file, (setup, compiler.clone()), &seconds, PACKED, &tasks)?;
+    screen.note(format!("{}: {count} candidates of {} kernels", file.display(), tasks.len()));
+    Ok(())
 }
 
 /// `tune.jsonl` in `llamac` in `$XDG_DATA_HOME`, or in `~/.local/share`.
@@ -116,37 +293,8 @@ fn default_table() -> Result<PathBuf, CliError> {
     Ok(folder.join("tune.jsonl"))
 }
 
-fn search(
-    options: &Options,
-    argument: &str,
-    path: &Path,
-    machine: &str,
-    screen: &Screen,
-) -> Result<(), CliError> {
-    let model = Model::open(argument)?;
-    if matches!(model, Model::Artifact(_)) {
-        return Err(CliError::Usage(format!("{argument} is compiled already: tune what it was made from")));
-    }
-    let target = match options.device.as_str() {
-        "cpu" => "cpu:native",
-        name if llamac::check::walk::levels()
-            .map_err(CompileError::from)?
-            .0
-            .iter()
-            .any(|l| l.name() == name) =>
-        {
-            name
-        }
-        name => {
-            let known = "cpu, and each of the targets cpu:... that this machine runs";
-            return Err(CliError::NoDevice { name: name.to_string(), known });
-        }
-    };
-    let build = BuildOptions { dtype: options.dtype, ctx: options.ctx, ..BuildOptions::default() };
-    let Lowering { config, dtype, context, .. } = Lowering::of(&model, &build, Some(target), screen)?;
-    let threads = pool::physical_cores();
-    let target = target.to_string();
-    let setup = Setup { config, dtype, context, target, threads };
+fn search(options: &Options, job: &Job, path: &Path, screen: &Screen) -> Result<(), CliError> {
+    let Job { setup, compiler, machine } = job;
     let tasks = setup.tasks()?;
     let mut file = TableFile::open(path)?;
     let program = env::current_exe()?;
@@ -171,7 +319,7 @@ fn search(
         if interrupt::pressed() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
     };
     let limits = Limits { budget: options.budget, patience: options.patience, same_bits: options.same_bits };
-    let (compiler, machine) = (compiler(), machine.to_string());
+    let (setup, compiler, machine) = (setup.clone(), compiler.clone(), machine.clone());
     let mut search = Search { setup, start: &start, compiler, machine, limits, go_on: &mut go_on };
     let done = interrupt::guarded(|| search.run(&tasks, &mut file));
     bar.finish_and_clear();
@@ -187,19 +335,20 @@ pub fn worker() -> Result<(), CliError> {
 /// A table, as this machine sees it.
 struct Shown<'a> {
     path: &'a Path,
-    machine: &'a str,
     table: &'a Table,
+    /// Does a record hold here?
+    here: &'a dyn Fn(&Key) -> bool,
 }
 
 impl Shown<'_> {
     fn choices(&self, screen: &Screen) -> Result<(), CliError> {
-        let rows = report::choices(self.table, &compiler(), self.machine);
+        let rows = report::choices(self.table, self.here);
         let all = Choices::of(self.table.records.iter()).records().count();
-        let hints = self.table.records.len() - self.here();
+        let hints = self.table.records.iter().filter(|record| !(self.here)(&record.key)).count();
         if screen.json {
             return print_json(&json!({
-                "table": self.path.display().to_string(), "machine": self.machine, "compiler": compiler(),
-                "choices": rows, "records": self.table.records.len(), "records_of_others": hints,
+                "table": self.path.display().to_string(), "choices": rows, "records": self.table.records.len(),
+                "records_of_others": hints,
             }));
         }
         let row = |c: &Choice| {
@@ -216,9 +365,18 @@ impl Shown<'_> {
             ]
         };
         let heads = ["kernel", "dtype", "tokens>", "time>", "of limit>", "gain>", "tried>", "schedule"];
-        let mut text = format!("{}: {}, {}\n\n", self.path.display(), self.machine, compiler());
-        text += &columns(&heads, &rows.iter().map(row).collect::<Vec<_>>());
+        let mut text = format!("{}\n", self.path.display());
+        // A table for each machine, for times of different ones do not stand beside each other.
+        for of_one in rows.chunk_by(|a, b| (&a.target, &a.machine) == (&b.target, &b.machine)) {
+            let Choice { target, machine, predicted, .. } = &of_one[0];
+            let how = if *predicted { "predicted for" } else { "measured on" };
+            text += &format!("\n{target}, {how} {machine}\n\n");
+            text += &columns(&heads, &of_one.iter().map(row).collect::<Vec<_>>());
+        }
         text += "\ngain: how often as fast as the default schedule; the default itself has 1\n";
+        if rows.iter().any(|row| row.predicted) {
+            text += "predicted: nothing was measured; times are argued from machine code, as by `profile --static`\n";
+        }
         if hints > 0 {
             text += &format!(
                 "{hints} records of other machines or compilers, with {} choices, are hints\n",
@@ -229,11 +387,9 @@ impl Shown<'_> {
     }
 
     fn report(&self, screen: &Screen) -> Result<(), CliError> {
-        let rows = report::predictions(self.table, &compiler(), self.machine);
+        let rows = report::predictions(self.table, self.here);
         if screen.json {
-            return print_json(
-                &json!({ "machine": self.machine, "compiler": compiler(), "predictions": rows }),
-            );
+            return print_json(&json!({ "predictions": rows }));
         }
         let row = |p: &Prediction| {
             vec![
@@ -249,17 +405,10 @@ impl Shown<'_> {
         };
         let heads =
             ["kernel", "dtype", "tokens>", "timed>", "rank corr.>", "regret>", "predicted best", "chosen"];
-        let mut text = format!("{}: {}, {}\n\n", self.path.display(), self.machine, compiler());
+        let mut text = format!("{}\n\n", self.path.display());
         text += &columns(&heads, &rows.iter().map(row).collect::<Vec<_>>());
         text += "\nrank corr.: predicted against measured order (Spearman); regret: how much longer the predicted best takes than what was chosen\n";
         print(&text)
-    }
-
-    /// Records of this machine and compiler.
-    fn here(&self) -> usize {
-        let here =
-            |r: &&llamac::tune::table::Record| r.key.compiler == compiler() && r.key.machine == self.machine;
-        self.table.records.iter().filter(here).count()
     }
 }
 

@@ -1,10 +1,9 @@
 //! Bank conflicts of kernels, counted where their PTX is emulated.
 
+use crate::measure;
 use codegen::cpu::CodegenError;
 use codegen::nvptx::{self, Architecture};
-use ir::dim::MAX_SYMBOLS;
 use ir::kernel::{Access, Expr, Kernel, Space, Stmt};
-use ir::plan::{Entry, Launch, Plan};
 use runtime::emulator::{Counts, Grid, KernelCounts, Memory, Options, Program, Report, Sums};
 use runtime::gpu;
 use runtime::ptx::{Module, PtxError};
@@ -28,8 +27,8 @@ pub enum EmulationError {
     Report(Box<Report>),
 }
 
-/// What a launch of a step does, in the first turn of each loop over turns, with zeros for all numbers: which banks are met
-/// depends on neither. `tokens` behind `past` others are in the step.
+/// What a launch of a kernel does, in the first turn of each loop over turns, with zeros for all numbers: which banks are met
+/// depends on neither. `tokens` behind `past` others are in the step, whose positions are the parameter of that number.
 ///
 /// # Errors
 ///
@@ -37,8 +36,7 @@ pub enum EmulationError {
 pub fn first_turns(
     architecture: &Architecture,
     kernel: &Kernel,
-    plan: &Plan,
-    (entry, launch): (&Entry, &Launch),
+    positions: Option<usize>,
     [tokens, past]: [usize; 2],
 ) -> Result<KernelCounts, EmulationError> {
     let mut first = kernel.clone();
@@ -47,9 +45,9 @@ pub fn first_turns(
     let module = Module::parse(&ptx)?;
     let mut memory = Memory::new();
     let mut addresses = Vec::new();
-    for ((_, buffer), &arg) in kernel.params().zip(&launch.args) {
-        let bytes = plan.buffers[arg].bytes;
-        addresses.push(if arg == entry.positions {
+    let symbols = measure::symbols([tokens, past]);
+    for (number, ((_, buffer), bytes)) in kernel.params().zip(measure::sizes(kernel, &symbols)).enumerate() {
+        addresses.push(if positions == Some(number) {
             let address = memory.allocate(&buffer.name, bytes);
             let positions = (past..past + tokens).flat_map(|at| (at as i32).to_le_bytes());
             memory.write(address, &positions.collect::<Vec<u8>>());
@@ -63,8 +61,6 @@ pub fn first_turns(
             address
         });
     }
-    let mut symbols = [0; MAX_SYMBOLS];
-    (symbols[0], symbols[1]) = (tokens as i64, past as i64);
     let mut params: Vec<u8> = addresses.iter().flat_map(|address| address.to_le_bytes()).collect();
     params.extend(kernel.symbols.0.iter().zip(symbols).flat_map(|(_, value)| (value as i32).to_le_bytes()));
     let sm = architecture.cpu.parse().expect("the emulator knows every architecture");

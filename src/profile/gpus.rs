@@ -5,6 +5,8 @@
 //! memory; the rest is in the table. The rate of tensor cores follows from the peak of the data sheet, dense, in bf16 with sums
 //! in f32: `peak = SMs * clock * rate`.
 
+use ir::plan::Cost;
+
 /// Results of approximate functions of an SM a cycle.
 pub const SPECIAL_LANES: f64 = 16.0;
 /// Results on integers, comparisons and conversions of an SM a cycle.
@@ -111,6 +113,12 @@ impl Gpu {
     /// FLOPs of an SM a cycle by matrix instructions that so many warps do together.
     pub fn tensor_flops(&self, warps: u64) -> f64 {
         if warps > 1 { self.warpgroup_flops.unwrap_or(self.warp_flops) } else { self.warp_flops }
+    }
+
+    /// Seconds below which no launch is done, whatever it computes in.
+    pub fn least_seconds(&self, cost: Cost) -> f64 {
+        let peak = f64::from(self.sms) * self.clock_hz * self.warpgroup_flops.unwrap_or(self.warp_flops);
+        (cost.bytes as f64 / self.bytes_per_s).max(cost.flops as f64 / peak)
     }
 
     /// CTAs that an SM holds at once, of so many threads with so many registers each, and of so many bytes of shared memory.

@@ -12,6 +12,7 @@ use super::predicted::{LAUNCH_SECONDS, Limit, Prediction, Problem};
 use super::recorded::Figure;
 use super::steady::Steady;
 use crate::compile::Code;
+use crate::measure;
 use crate::predict::{self, Step};
 use crate::sass::{self, SassError};
 use codegen::cpu::CodegenError;
@@ -19,9 +20,10 @@ use codegen::nvptx::{self, Architecture};
 use codegen::ptxas::{self, PtxasError, Tool};
 use ir::families::attention::{Shape, shape_of};
 use ir::families::gpu::{AttentionTile, ProductTile, attention_tile, product_tile};
-use ir::families::{GroupView, LowerError, dot};
+use ir::families::{GroupView, LowerError, Lowered, dot};
 use ir::graph::Family;
-use ir::plan::Launch;
+use ir::kernel::Kernel;
+use ir::plan::{Cost, Launch};
 use runtime::cuda::CTAS_PER_SM;
 use runtime::gpu;
 use serde::Serialize;
@@ -196,24 +198,129 @@ pub fn argue(
     prompt: usize,
     figures: &[Figure],
 ) -> Result<Argued, ArgueError> {
-    let sm = sm_of(architecture, gpu)?;
-    let (ptxas, nvdisasm) = (Tool::Ptxas.find()?, Tool::Nvdisasm.find()?);
-    let cubin = ptxas::assemble(&ptxas, &nvptx::compile(&code.llvm, architecture)?, &sm)?;
-    let codes = sass::parse(&ptxas::disassemble(&nvdisasm, &cubin.bytes)?)?;
-    let mut arguing =
-        Arguing { code, architecture, gpu, cubin: &cubin, codes: &codes, figures, loops: Vec::new() };
+    let assembled = Assembled::of(&code.llvm, architecture, gpu)?;
+    let mut arguing = Arguing { code, assembled: &assembled, figures, loops: Vec::new() };
     let plan = &code.lowered.plan;
     let decode = arguing.phase(&predict::decode(plan, prompt).into_iter().collect::<Vec<_>>())?;
     let prefill = arguing.phase(&predict::prompt(plan, prompt))?;
-    Ok(Argued { gpu: gpu.name, sm, ptxas: ptxas.version, loops: arguing.loops, decode, prefill })
+    let loops = arguing.loops;
+    let Assembled { sm, ptxas, .. } = assembled;
+    Ok(Argued { gpu: gpu.name, sm, ptxas, loops, decode, prefill })
+}
+
+/// What is argued of a kernel by itself.
+pub struct Alone {
+    /// Its time in a step.
+    pub prediction: Prediction,
+    /// What `ptxas` could not do well: of such code the model knows too little.
+    pub losses: Vec<String>,
+}
+
+/// Argues the time of a group's kernel in a step of `tokens` behind `past` others.
+///
+/// # Errors
+///
+/// [`ArgueError`].
+pub fn alone(
+    view: &GroupView<'_>,
+    lowered: &Lowered,
+    architecture: &Architecture,
+    gpu: &'static Gpu,
+    [tokens, past]: [usize; 2],
+) -> Result<Alone, ArgueError> {
+    let kernel = &lowered.kernel;
+    let llvm = nvptx::llvm(std::slice::from_ref(kernel), architecture)?;
+    let assembled = Assembled::of(&llvm, architecture, gpu)?;
+    let positions = lowered.args.iter().position(|arg| measure::is_position(view, arg));
+    let looped = assembled.steady(kernel, positions, [tokens, past])?;
+    let cost = ir::cost::cost(view, &measure::symbols([tokens, past]), past as i64);
+    let tiles = Tiles::of(view, &kernel.schedule, tokens)?;
+    let looped = looped.as_ref().map(|(steady, resident)| (steady, *resident));
+    let prediction = assembled.predict(kernel, tiles.as_ref(), looped, [tokens, past], cost);
+    Ok(Alone { prediction, losses: assembled.report.losses() })
+}
+
+/// Kernels as a GPU's machine code.
+struct Assembled<'a> {
+    architecture: &'a Architecture,
+    gpu: &'static Gpu,
+    sm: String,
+    ptxas: String,
+    report: ptxas::Report,
+    codes: Vec<sass::Code>,
+}
+
+impl Assembled<'_> {
+    fn of<'a>(
+        llvm: &str,
+        architecture: &'a Architecture,
+        gpu: &'static Gpu,
+    ) -> Result<Assembled<'a>, ArgueError> {
+        let sm = sm_of(architecture, gpu)?;
+        let (ptxas, nvdisasm) = (Tool::Ptxas.find()?, Tool::Nvdisasm.find()?);
+        let ptxas::Cubin { bytes, report } =
+            ptxas::assemble(&ptxas, &nvptx::compile(llvm, architecture)?, &sm)?;
+        let codes = sass::parse(&ptxas::disassemble(&nvdisasm, &bytes)?)?;
+        Ok(Assembled { architecture, gpu, sm, ptxas: ptxas.version, report, codes })
+    }
+
+    /// CTAs of a launch, as the run time limits them.
+    fn most_ctas(&self) -> u32 {
+        CTAS_PER_SM * self.gpu.sms
+    }
+
+    /// The loop of a kernel of tensor cores and the CTAs that an SM holds; `None` if it has no such loop. `positions` is the
+    /// parameter of the step's positions.
+    fn steady(
+        &self,
+        kernel: &Kernel,
+        positions: Option<usize>,
+        step: [usize; 2],
+    ) -> Result<Option<(Steady, u32)>, ArgueError> {
+        let threads = u32::from(kernel.threads);
+        // A kernel with barriers is several in machine code.
+        let phases = kernel.phases().into_iter().map(|phase| nvptx::symbol(&phase.name));
+        let mut found = phases.filter_map(|symbol| {
+            let code = self.codes.iter().find(|code| code.symbol == symbol)?;
+            Some((symbol, Steady::of(code, threads, 1.0, self.gpu)?))
+        });
+        let Some((symbol, bare)) = found.next() else { return Ok(None) };
+        let counts = first_turns(self.architecture, kernel, positions, step);
+        let counts =
+            counts.map_err(|source| ArgueError::Emulation { kernel: kernel.name.clone(), source })?;
+        let conflicts = counts.conflict_factor();
+        let steady = Steady { shared: bare.shared * conflicts, conflicts, ..bare };
+        let report = self.report.kernels.iter().find(|report| report.kernel == symbol);
+        let registers = report.map_or(255, |report| report.registers);
+        Ok(Some((steady, self.gpu.resident(threads, registers, kernel.shared_bytes() as u32))))
+    }
+
+    /// The time of a launch of a kernel.
+    fn predict(
+        &self,
+        kernel: &Kernel,
+        tiles: Option<&Tiles>,
+        looped: Option<(&Steady, u32)>,
+        step: [usize; 2],
+        cost: Cost,
+    ) -> Prediction {
+        let predicted = match (tiles, looped) {
+            (Some(tiles), Some((steady, resident))) => {
+                let problem = tiles.problem(step, cost.bytes);
+                Prediction::tensor(&problem, steady, self.gpu, resident, self.most_ctas())
+            }
+            _ => Prediction::other(cost, self.gpu),
+        };
+        // Each phase behind the first is a launch.
+        let more = (kernel.phases().len() - 1) as f64 * LAUNCH_SECONDS;
+        let (least_s, most_s) = (predicted.least_s + more, predicted.most_s + more);
+        Prediction { least_s, most_s, ..predicted }
+    }
 }
 
 struct Arguing<'a> {
     code: &'a Code,
-    architecture: &'a Architecture,
-    gpu: &'static Gpu,
-    cubin: &'a ptxas::Cubin,
-    codes: &'a [sass::Code],
+    assembled: &'a Assembled<'a>,
     figures: &'a [Figure],
     loops: Vec<KernelLoop>,
 }
@@ -267,47 +374,17 @@ impl Arguing<'_> {
         step: &Step<'_>,
         launch: &Launch,
     ) -> Result<Prediction, ArgueError> {
-        let cost = predict::launch_cost(&self.code.lowered.plan, step, launch);
-        let (gpu, most) = (self.gpu, self.most_ctas());
-        let Some(tiles) = self.tiles(view, step, launch)? else { return Ok(Prediction::other(cost, gpu)) };
-        let problem = tiles.problem(step, cost.bytes);
-        let predicted = match self.looped(step, launch, &tiles)? {
-            Some(looped) => Prediction::tensor(&problem, &looped.steady, gpu, looped.resident_ctas, most),
-            None => Prediction::other(cost, gpu),
+        let lowered = &self.code.lowered;
+        let cost = predict::launch_cost(&lowered.plan, step, launch);
+        let kernel = &lowered.kernels[launch.kernel];
+        let tiles = Tiles::of(view, &lowered.plan.kernels[launch.kernel].schedule, step.tokens)?;
+        let looped = match &tiles {
+            Some(tiles) => self.looped(step, launch, tiles)?.cloned(),
+            None => None,
         };
-        // Each phase behind the first is a launch.
-        let more = (self.code.lowered.kernels[launch.kernel].phases().len() - 1) as f64 * LAUNCH_SECONDS;
-        let (least_s, most_s) = (predicted.least_s + more, predicted.most_s + more);
-        Ok(Prediction { least_s, most_s, ..predicted })
-    }
-
-    /// CTAs of a launch, as the run time limits them.
-    fn most_ctas(&self) -> u32 {
-        CTAS_PER_SM * self.gpu.sms
-    }
-
-    /// How a launch is cut into tiles, if it is.
-    fn tiles(
-        &self,
-        view: &GroupView<'_>,
-        step: &Step<'_>,
-        launch: &Launch,
-    ) -> Result<Option<Tiles>, LowerError> {
-        let kernel = &self.code.lowered.plan.kernels[launch.kernel];
-        Ok(match kernel.family {
-            Family::Dot => {
-                let group = dot::analyse(view)?;
-                let segments = group.segments.iter().map(|s| (s.n(), s.streams.len())).collect();
-                let rows = group.m.constant().map_or(step.tokens, |rows| rows as usize);
-                let tile = product_tile(&kernel.schedule);
-                tile.map(|tile| Tiles::Product { rows, k: group.k, segments, tile })
-            }
-            Family::Attention => {
-                let shape = shape_of(view)?;
-                attention_tile(&kernel.schedule).map(|tile| Tiles::Attention { shape, tile })
-            }
-            Family::Rowwise | Family::Elementwise | Family::Gather | Family::Sample => None,
-        })
+        let looped = looped.as_ref().map(|known| (&known.steady, known.resident_ctas));
+        let at = [step.tokens, step.past];
+        Ok(self.assembled.predict(kernel, tiles.as_ref(), looped, at, cost))
     }
 
     /// The loop of a kernel of tensor cores, counted at its first launch; `None` if it has none.
@@ -322,34 +399,16 @@ impl Arguing<'_> {
         if let Some(known) = self.loops.iter().position(|known| known.name == planned.name) {
             return Ok(Some(&self.loops[known]));
         }
+        let Assembled { architecture, gpu, .. } = *self.assembled;
+        let positions = launch.args.iter().position(|&arg| arg == step.entry.positions);
         let kernel = &lowered.kernels[launch.kernel];
-        let threads = u32::from(kernel.threads);
-        // A kernel with barriers is several in machine code.
-        let phases = kernel.phases().into_iter().map(|phase| nvptx::symbol(&phase.name));
-        let mut found = phases.filter_map(|symbol| {
-            let code = self.codes.iter().find(|code| code.symbol == symbol)?;
-            Some((symbol, Steady::of(code, threads, 1.0, self.gpu)?))
-        });
-        let Some((symbol, bare)) = found.next() else { return Ok(None) };
-        let counts = first_turns(
-            self.architecture,
-            kernel,
-            &lowered.plan,
-            (step.entry, launch),
-            [step.tokens, step.past],
-        );
-        let counts =
-            counts.map_err(|source| ArgueError::Emulation { kernel: kernel.name.clone(), source })?;
-        let conflicts = counts.conflict_factor();
-        let steady = Steady { shared: bare.shared * conflicts, conflicts, ..bare };
-        let report = self.cubin.report.kernels.iter().find(|report| report.kernel == symbol);
-        let registers = report.map_or(255, |report| report.registers);
-        let resident_ctas = self.gpu.resident(threads, registers, kernel.shared_bytes() as u32);
+        let looped = self.assembled.steady(kernel, positions, [step.tokens, step.past])?;
+        let Some((steady, resident_ctas)) = looped else { return Ok(None) };
         let stated = tiles.stated().map(|(name, problem)| {
-            let predicted = Prediction::tensor(&problem, &steady, self.gpu, resident_ctas, self.most_ctas());
+            let most = self.assembled.most_ctas();
+            let predicted = Prediction::tensor(&problem, &steady, gpu, resident_ctas, most);
             let of_this = |figure: &&Figure| {
-                (&*figure.gpu, &*figure.target, &*figure.problem)
-                    == (self.gpu.name, self.architecture.name, &*name)
+                (&*figure.gpu, &*figure.target, &*figure.problem) == (gpu.name, architecture.name, &*name)
             };
             let tflops = |seconds: f64| problem.flops as f64 / seconds / 1e12;
             Stated {
@@ -379,14 +438,29 @@ enum Tiles {
 }
 
 impl Tiles {
-    fn problem(&self, step: &Step<'_>, bytes: u64) -> Problem {
+    /// How a group's launch is cut by a schedule, if it is.
+    fn of(view: &GroupView<'_>, schedule: &str, tokens: usize) -> Result<Option<Tiles>, LowerError> {
+        Ok(match view.family() {
+            Family::Dot => {
+                let group = dot::analyse(view)?;
+                let segments = group.segments.iter().map(|s| (s.n(), s.streams.len())).collect();
+                let rows = group.m.constant().map_or(tokens, |rows| rows as usize);
+                product_tile(schedule).map(|tile| Tiles::Product { rows, k: group.k, segments, tile })
+            }
+            Family::Attention => {
+                let shape = shape_of(view)?;
+                attention_tile(schedule).map(|tile| Tiles::Attention { shape, tile })
+            }
+            Family::Rowwise | Family::Elementwise | Family::Gather | Family::Sample => None,
+        })
+    }
+
+    fn problem(&self, [tokens, past]: [usize; 2], bytes: u64) -> Problem {
         match self {
             Tiles::Product { rows, k, segments, tile } => {
                 Problem::product([*rows, *k], segments, bytes, *tile)
             }
-            Tiles::Attention { shape, tile } => {
-                Problem::attention(shape, [step.tokens, step.past], bytes, *tile)
-            }
+            Tiles::Attention { shape, tile } => Problem::attention(shape, [tokens, past], bytes, *tile),
         }
     }
 

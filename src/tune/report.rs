@@ -7,6 +7,8 @@ use std::collections::BTreeMap;
 /// A choice, for a table on a screen.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Choice {
+    /// What it is compiled for.
+    pub target: String,
     /// The kernel.
     pub kernel: String,
     /// Its family.
@@ -27,16 +29,21 @@ pub struct Choice {
     pub tried: [usize; 2],
     /// Of those tried: wrong, crashed or too late.
     pub bad: usize,
+    /// Where it was measured, or for which GPU it was argued.
+    pub machine: String,
+    /// Was it argued from machine code?
+    pub predicted: bool,
 }
 
-/// The choices that hold for a compiler on a machine.
-pub fn choices(table: &Table, compiler: &str, machine: &str) -> Vec<Choice> {
+/// The choices that hold here.
+pub fn choices(table: &Table, holds: &dyn Fn(&Key) -> bool) -> Vec<Choice> {
     let of = |record: &Record| {
         let Outcome::Chosen { tried, legal, limit_s, times } = &record.outcome else { return None };
         let shares: Vec<f64> = limit_s.iter().zip(&times.seconds).map(|(limit, of)| limit / of).collect();
         let same = |r: &&Record| r.key == record.key;
         let is_bad = |r: &&Record| !matches!(r.outcome, Outcome::Timed { .. } | Outcome::Chosen { .. });
         Some(Choice {
+            target: record.key.target.clone(),
             kernel: record.kernel.clone(),
             family: record.family.clone(),
             dtype: record.dtype.clone(),
@@ -47,10 +54,12 @@ pub fn choices(table: &Table, compiler: &str, machine: &str) -> Vec<Choice> {
             seconds: quantile(&times.seconds, 0.5),
             tried: [*tried, *legal],
             bad: table.records.iter().filter(same).filter(is_bad).count(),
+            machine: record.key.machine.clone(),
+            predicted: record.key.predicted,
         })
     };
-    let mut rows: Vec<Choice> = table.choices(compiler, machine).records().filter_map(of).collect();
-    let place = |c: &Choice| (c.dtype.clone(), c.tokens != 1, c.tokens, c.kernel.clone());
+    let mut rows: Vec<Choice> = table.choices(holds).records().filter_map(of).collect();
+    let place = |c: &Choice| (c.target.clone(), c.dtype.clone(), c.tokens != 1, c.tokens, c.kernel.clone());
     rows.sort_by_key(place);
     rows
 }
@@ -78,15 +87,16 @@ pub struct Prediction {
     pub predicted: String,
 }
 
-/// Predictions of every kernel of which a schedule was chosen among three or more, by a compiler on a machine.
-pub fn predictions(table: &Table, compiler: &str, machine: &str) -> Vec<Prediction> {
+/// Predictions of every kernel of which a schedule was chosen here among three or more by measuring.
+pub fn predictions(table: &Table, holds: &dyn Fn(&Key) -> bool) -> Vec<Prediction> {
     let mut by_kernel: BTreeMap<&Key, Vec<(&Record, usize, f64)>> = BTreeMap::new();
-    for record in table.records.iter().filter(|r| r.key.compiler == compiler && r.key.machine == machine) {
+    let measured = |key: &Key| holds(key) && !key.predicted;
+    for record in table.records.iter().filter(|record| measured(&record.key)) {
         if let Outcome::Timed { rank, times, .. } = &record.outcome {
             by_kernel.entry(&record.key).or_default().push((record, *rank, times.best_ratio()));
         }
     }
-    let chosen = table.choices(compiler, machine);
+    let chosen = table.choices(&measured);
     let of = |(key, timed): (&Key, Vec<(&Record, usize, f64)>)| {
         let predicted = timed.iter().min_by_key(|(_, rank, _)| *rank).filter(|_| timed.len() >= 3)?;
         let record = chosen.get(&key.target, &key.group)?;

@@ -7,8 +7,8 @@
 
 use super::table::{Key, Outcome, Record, TableError, TableFile, Times, quantile};
 use super::task::Task;
-use super::worker::{Ask, Setup, Told, times_of};
-use ir::families::numeric_class;
+use super::worker::{Ask, On, Setup, Told, times_of};
+use ir::families::{Candidate, numeric_class};
 use std::collections::BTreeMap;
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::ops::ControlFlow;
@@ -115,13 +115,14 @@ impl Search<'_> {
     fn one(&mut self, one: &mut One<'_>) -> Result<(), SearchError> {
         let key = Key {
             group: one.task.group.clone(),
-            target: self.setup.target.clone(),
+            target: self.setup.target.name.clone(),
             compiler: self.compiler.clone(),
             machine: self.machine.clone(),
+            predicted: matches!(self.setup.on, On::Nowhere { .. }),
         };
         let default = one.task.candidates[0].schedule.clone();
         let mut known = Known::of(one, &key);
-        for (rank, schedule) in self.order(one, &key) {
+        for Next { rank, cost, schedule } in self.order(one, &key) {
             if known.by_schedule.contains_key(&schedule) {
                 continue;
             }
@@ -132,7 +133,7 @@ impl Search<'_> {
             if (self.go_on)(Some(progress)).is_break() {
                 return Err(SearchError::Interrupted);
             }
-            let outcome = self.measure(one, &default, &schedule, rank)?;
+            let outcome = self.measure(one, &default, &schedule, (rank, cost))?;
             self.record(one, &key, &schedule, outcome.clone())?;
             known.by_schedule.insert(schedule, outcome);
             if !matches!(known.by_schedule.get(&default), Some(Outcome::Timed { .. })) {
@@ -147,15 +148,29 @@ impl Search<'_> {
         self.choose(one, &key, &default, &known)
     }
 
-    /// Schedules in the order in which they are tried, with their places in the model of cost's.
-    fn order(&self, one: &One<'_>, key: &Key) -> Vec<(usize, String)> {
+    /// Schedules in the order in which they are tried: the default, what others chose, and the rest as the model of cost says.
+    /// That is the family's own, unless the table has times that were argued from machine code.
+    fn order(&self, one: &One<'_>, key: &Key) -> Vec<Next> {
         let class = |schedule: &str| numeric_class(one.task.family, schedule).unwrap_or_default();
-        let default = class(&one.task.candidates[0].schedule);
-        let legal = one.task.candidates.iter().map(|c| c.schedule.clone()).enumerate();
-        let legal = legal.filter(|(_, schedule)| !self.limits.same_bits || class(schedule) == default);
-        let mut order: Vec<(usize, String)> = legal.collect();
+        let default = &one.task.candidates[0].schedule;
+        let mut order: Vec<Next> = Vec::new();
+        for Candidate { schedule, cost } in &one.task.candidates {
+            if !self.limits.same_bits || class(schedule) == class(default) {
+                order.push(Next { rank: 0, cost: *cost, schedule: schedule.clone() });
+            }
+        }
+        let argued = one.file.table.predicted(&key.target, &key.group, &key.compiler);
+        if !argued.is_empty() && !key.predicted {
+            order.iter_mut().for_each(|next| next.cost = argued.get(&*next.schedule).copied());
+            let seconds = |next: &Next| next.cost.unwrap_or(f64::INFINITY);
+            order.sort_by(|a, b| seconds(a).total_cmp(&seconds(b)));
+        }
+        order.iter_mut().enumerate().for_each(|(rank, next)| next.rank = rank);
         let hints: Vec<&str> = one.file.table.hints(key).map(|record| record.schedule.as_str()).collect();
-        order.sort_by_key(|(rank, schedule)| (*rank > 0 && !hints.contains(&schedule.as_str()), *rank));
+        order.sort_by_key(|next| {
+            let hinted = hints.contains(&next.schedule.as_str());
+            (next.schedule != *default, !hinted, next.rank)
+        });
         order
     }
 
@@ -165,7 +180,7 @@ impl Search<'_> {
         one: &mut One<'_>,
         default: &str,
         schedule: &str,
-        rank: usize,
+        (rank, cost): (usize, Option<f64>),
     ) -> Result<Outcome, SearchError> {
         let judge = Ask::Judge { task: one.number, schedule: schedule.to_string() };
         let share = match self.ask(one, &judge)? {
@@ -191,7 +206,7 @@ impl Search<'_> {
                 Err(outcome) => return Ok(outcome),
             }
         }
-        Ok(Outcome::Timed { share, rank, cost: one.task.candidates[rank].cost, times })
+        Ok(Outcome::Timed { share, rank, cost, times })
     }
 
     /// The last turns: the default, the schedule chosen before, and the fastest.
@@ -225,7 +240,9 @@ impl Search<'_> {
         });
         let chosen = best.filter(|&best| first.faster(best, incumbent)).unwrap_or(incumbent);
         // Where buffers lie makes a difference too: what is faster must be so in another process.
-        *one.worker = None;
+        if !key.predicted {
+            *one.worker = None;
+        }
         let last = [0, incumbent, chosen].map(|number| schedules[number].clone());
         let Some(again) = self.turns(one, &last)? else { return Ok(()) };
         let chosen = if again.faster(2, 1) { 2 } else { 1 };
@@ -306,6 +323,15 @@ impl Search<'_> {
             Answer::Told(_) | Answer::Ended => Err(SearchError::Start { why: worker.why() }),
         }
     }
+}
+
+/// A schedule that is to be tried.
+struct Next {
+    /// Its place in the order of the model of cost.
+    rank: usize,
+    /// What that says of it.
+    cost: Option<f64>,
+    schedule: String,
 }
 
 /// A task with what its search uses.

@@ -44,8 +44,11 @@ pub struct Key {
     pub target: String,
     /// Of llamac and LLVM.
     pub compiler: String,
-    /// CPU, its caches and the number of cores.
+    /// CPU, its caches and the number of cores; or GPU and driver.
     pub machine: String,
+    /// Was nothing measured, but argued from machine code?
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub predicted: bool,
 }
 
 /// What came of a measurement.
@@ -201,9 +204,22 @@ impl Table {
         Table::parse(&text).map_err(|bad| bad.of(file))
     }
 
-    /// The choices that hold for a compiler on a machine: measured here, and not hints.
-    pub fn choices(&self, compiler: &str, machine: &str) -> Choices {
-        Choices::of(self.records.iter().filter(|r| r.key.compiler == compiler && r.key.machine == machine))
+    /// The choices that hold here, and are not hints.
+    pub fn choices(&self, holds: &dyn Fn(&Key) -> bool) -> Choices {
+        Choices::of(self.records.iter().filter(|record| holds(&record.key)))
+    }
+
+    /// Seconds that were argued of a kernel's schedules on a target, by a compiler.
+    pub fn predicted(&self, target: &str, group: &str, compiler: &str) -> BTreeMap<&str, f64> {
+        let of_it = |key: &Key| {
+            key.predicted && key.target == target && key.group == group && key.compiler == compiler
+        };
+        let timed = self.records.iter().filter(|record| of_it(&record.key));
+        let seconds = timed.filter_map(|record| match &record.outcome {
+            Outcome::Timed { times, .. } => Some((&*record.schedule, quantile(&times.seconds, 0.5))),
+            _ => None,
+        });
+        seconds.collect()
     }
 
     /// Choices of other machines and compilers: hints.
@@ -229,12 +245,14 @@ pub struct Choices {
 }
 
 impl Choices {
-    /// The newest choice for each kernel; of the same second, the one whose text is last.
+    /// The newest choice for each kernel, what was measured before what was argued; of the same second, the one whose text is
+    /// last.
     pub fn of<'r>(records: impl Iterator<Item = &'r Record>) -> Choices {
         let mut by_kernel: BTreeMap<(String, String), Record> = BTreeMap::new();
         for record in records.filter(|r| matches!(r.outcome, Outcome::Chosen { .. })) {
             let place = (record.key.target.clone(), record.key.group.clone());
-            let newer = |known: &Record| (known.when, known.line()) < (record.when, record.line());
+            let order = |record: &Record| (!record.key.predicted, record.when, record.line());
+            let newer = |known: &Record| order(known) < order(record);
             if by_kernel.get(&place).is_none_or(newer) {
                 by_kernel.insert(place, record.clone());
             }
@@ -329,6 +347,7 @@ mod tests {
                 target: "cpu:native".into(),
                 compiler: "0".into(),
                 machine: machine.into(),
+                predicted: false,
             },
             kernel: "gate".into(),
             family: "dot".into(),
@@ -349,14 +368,23 @@ mod tests {
         assert_eq!(table.records, [a.clone(), b.clone()]);
         assert_eq!(table.to_string(), text(&[&a, &b]));
         let other = Table::parse(&text(&[&b, &a])).unwrap();
-        assert_eq!(table.choices("0", "here"), other.choices("0", "here"));
-        assert_eq!(table.choices("0", "here").get("cpu:native", &digest("text")), Some(&b));
+        let here = |key: &Key| key.compiler == "0" && key.machine == "here";
+        assert_eq!(table.choices(&here), other.choices(&here));
+        assert_eq!(table.choices(&here).get("cpu:native", &digest("text")), Some(&b));
+        // What was measured counts before what was argued, however old it is.
+        let mut argued = record("mr 4", 3, "here");
+        argued.key.predicted = true;
+        let table = Table { records: vec![argued, a.clone()] };
+        assert_eq!(table.choices(&here).get("cpu:native", &digest("text")), Some(&a));
     }
 
     #[test]
     fn another_machine_or_compiler_gives_hints_and_no_choice() {
         let table = Table { records: vec![record("mr 6", 1, "there")] };
-        assert!(table.choices("0", "here").is_empty() && table.choices("1", "there").is_empty());
+        let of = |compiler, machine| {
+            table.choices(&move |key: &Key| key.compiler == compiler && key.machine == machine)
+        };
+        assert!(of("0", "here").is_empty() && of("1", "there").is_empty() && !of("0", "there").is_empty());
         let key = Key { machine: "here".into(), ..table.records[0].key.clone() };
         assert_eq!(table.hints(&key).count(), 1);
         assert_eq!(table.hints(&table.records[0].key).count(), 0);

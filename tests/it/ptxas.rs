@@ -30,7 +30,7 @@ pub fn trials() -> Vec<Trial> {
 const MAJORS: [u32; 2] = [12, 13];
 
 /// The assemblers, the newest first; none if they are to be done without.
-fn assemblers(name: &str) -> Checked<Vec<Program>> {
+pub fn assemblers(name: &str) -> Checked<Vec<Program>> {
     if std::env::var_os("LLAMAC_NO_PTXAS").is_some_and(|value| value == "1") {
         skip(name, "LLAMAC_NO_PTXAS=1");
         return Ok(Vec::new());

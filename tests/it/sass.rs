@@ -182,7 +182,12 @@ fn turns_are_right(
 ) -> Checked<()> {
     let kernel = &lowered.kernels[launch.kernel];
     let of = [step.tokens, step.past];
-    let counts = first_turns(architecture, kernel, &lowered.plan, (step.entry, launch), of)?;
+    let counts = first_turns(
+        architecture,
+        kernel,
+        launch.args.iter().position(|&arg| arg == step.entry.positions),
+        of,
+    )?;
     let expected: u64 = problem.turns.iter().filter_map(|turns| turns.first()).sum();
     assert_eq!(2 * counts.matrix_macs, expected, "@{} for {}", kernel.name, architecture.cpu);
     let mut symbols = [0; MAX_SYMBOLS];

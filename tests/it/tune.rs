@@ -1,13 +1,13 @@
 //! Tuning: searches with a worker that misbehaves, a search that is killed, and what is done with a table.
 
-use crate::Checked;
 use crate::command::Place;
+use crate::{Checked, ptxas};
 use libtest_mimic::Trial;
 use llamac::model::Model;
 use llamac::tune::search::{Limits, Progress, Search};
 use llamac::tune::table::{Key, Outcome, Record, Table, TableFile, Times};
 use llamac::tune::task::Task;
-use llamac::tune::worker::{Setup, serve};
+use llamac::tune::worker::{On, Setup, serve};
 use llamac::tune::{compiler, machine};
 use std::collections::BTreeSet;
 use std::io::{self, BufRead, BufReader, Read};
@@ -24,6 +24,10 @@ pub fn trials() -> Vec<Trial> {
         Trial::test("tune: a second run finds nothing to do", || Ok(twice()?)),
         Trial::test("tune: a run that was killed goes on where it was", || Ok(killed()?)),
         Trial::test("tune: compile takes what was measured here, and nothing else", || Ok(taken()?)),
+        Trial::test(
+            "tune: without a GPU, machine code says what is best, and what is packed is timed elsewhere",
+            || Ok(argued("tune: without a GPU")?),
+        ),
     ]
 }
 
@@ -68,7 +72,8 @@ impl Read for Misbehaving<'_> {
 
 fn setup() -> Checked<Setup> {
     let config = Model::open("builtin")?.config()?;
-    Ok(Setup { config, dtype: ir::DType::F32, context: 64, target: "cpu:native".into(), threads: 1 })
+    let target = codegen::cpu::level("cpu:native")?.target;
+    Ok(Setup { config, dtype: ir::DType::F32, context: 64, target, on: On::Cpu { threads: 1 } })
 }
 
 /// The kernel of that name for one token.
@@ -92,7 +97,7 @@ fn search(setup: &Setup, tasks: &[Task], faults: &str, file: &mut TableFile) -> 
     };
     let limits =
         Limits { budget: Duration::from_secs(100), patience: Duration::from_secs(15), same_bits: true };
-    let (compiler, machine) = (compiler(), machine()?);
+    let (compiler, machine) = (compiler("cpu"), machine()?);
     let mut go_on = |_: Option<Progress<'_>>| ControlFlow::Continue(());
     let mut search =
         Search { setup: setup.clone(), start: &start, compiler, machine, limits, go_on: &mut go_on };
@@ -172,7 +177,13 @@ fn taken() -> Checked<()> {
     let task = setup.tasks()?.into_iter().find(|t| t.kernel == "down" && t.tokens > 1).ok_or("no kernel")?;
     let other = task.candidates.last().ok_or("no candidate")?.schedule.clone();
     let record = |machine: String| Record {
-        key: Key { group: task.group.clone(), target: "cpu:native".into(), compiler: compiler(), machine },
+        key: Key {
+            group: task.group.clone(),
+            target: "cpu:native".into(),
+            compiler: compiler("cpu"),
+            machine,
+            predicted: false,
+        },
         kernel: "down".into(),
         family: "dot".into(),
         dtype: "f32".into(),
@@ -218,5 +229,59 @@ fn taken() -> Checked<()> {
     assert!(place.read("here.safetensors") == place.read("plain.safetensors"), "other bits");
     let refused = place.run("run here.llamac --tokens 1 --tune-db here.jsonl");
     assert!(refused.err.contains("has its schedules already"), "{}", refused.err);
+    Ok(())
+}
+
+fn argued(name: &str) -> Checked<()> {
+    if ptxas::assemblers(name)?.is_empty() {
+        return Ok(());
+    }
+    let place = Place::new();
+    let shape = "--dtype bf16 --ctx 64";
+    let predict = format!("tune builtin {shape} --predict a100 --budget 8s --db argued.jsonl");
+    let told = place.ok(&format!("{predict} --pack some.candidates --json")).json();
+    let argued = told["choices"].as_array().cloned().unwrap_or_default();
+    assert!(!argued.is_empty() && argued.iter().all(|c| c["predicted"] == true && c["machine"] == "a100"));
+
+    // What was argued is taken, and marked.
+    let better = argued.iter().find(|c| c["gain"].as_f64() > Some(1.0)).ok_or("the defaults are all best")?;
+    let compile = format!("compile builtin {shape} --target cuda:sm_80 --no-weights --tune-db");
+    place.ok(&format!("{compile} argued.jsonl -o argued.llamac"));
+    let kernels = |artifact: &str| {
+        let told = place.ok(&format!("inspect {artifact} --json")).json();
+        told["targets"][0]["kernels"].as_array().cloned().unwrap_or_default()
+    };
+    let with = |k: &serde_json::Value| k["schedule"] == better["schedule"] && k["source"] == "predicted";
+    assert!(kernels("argued.llamac").iter().any(with), "{better}");
+
+    // From the file alone: what a GPU would do. How long emulating takes is taken for no GPU's time.
+    let from = "tune --from-bundle some.candidates --budget 8s";
+    let told = place.ok(&format!("{from} --device ptx-emulator:sm_80 --db timed.jsonl --json")).json();
+    let timed = told["choices"].as_array().cloned().unwrap_or_default();
+    let of_emulator = |c: &serde_json::Value| {
+        c["predicted"] == false && c["machine"].as_str().is_some_and(|m| m.starts_with("ptx-emulator:sm_80"))
+    };
+    assert!(!timed.is_empty() && timed.iter().all(of_emulator), "{timed:?}");
+    let table = Table::read(&place.path("timed.jsonl"))?;
+    let bad = |r: &&Record| !matches!(r.outcome, Outcome::Timed { .. } | Outcome::Chosen { .. });
+    assert_eq!(table.records.iter().find(bad), None);
+    let said = place.ok(&format!("{compile} timed.jsonl -o timed.llamac"));
+    assert!(said.err.contains("choices are of another machine or compiler"), "{}", said.err);
+
+    // What is not packed, or not for this GPU, or no such file.
+    let refused = |command: &str| place.run(command).err;
+    assert!(refused(&format!("{from} --device cpu")).contains("there is with --from-bundle: cuda"));
+    assert!(
+        refused("tune --from-bundle argued.llamac --device ptx-emulator").contains("manifest does not parse")
+    );
+    place.ok(&format!(
+        "tune builtin {shape} --predict h100 --budget 1s --db h100.jsonl --pack h100.candidates"
+    ));
+    let other = refused("tune --from-bundle h100.candidates --device ptx-emulator:sm_80");
+    assert!(other.contains("candidates for cuda:sm_90a, which ptx-emulator:sm_80"), "{other}");
+    let mut bytes = place.read("some.candidates");
+    bytes[5000] ^= 1;
+    place.write("some.candidates", bytes);
+    assert!(refused(&format!("{from} --device ptx-emulator")).contains("the file is damaged"));
     Ok(())
 }

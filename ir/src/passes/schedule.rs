@@ -8,13 +8,13 @@ use crate::families::{GroupView, LowerError, schedules};
 use crate::graph::Graph;
 use crate::target::Target;
 
-/// Gives groups the schedules that were measured for them, before [`schedule`] chooses for the others.
-pub fn pin(graph: &mut Graph, measured: &dyn Fn(&GroupView<'_>) -> Option<String>) {
-    let found: Vec<_> = GroupView::all(graph).iter().map(|view| (view.id, measured(view))).collect();
-    for (id, text) in found {
+/// Gives groups the schedules that were found for them, and whether by measuring, before [`schedule`] chooses for the others.
+pub fn pin(graph: &mut Graph, found: &dyn Fn(&GroupView<'_>) -> Option<(String, bool)>) {
+    let found: Vec<_> = GroupView::all(graph).iter().map(|view| (view.id, found(view))).collect();
+    for (id, found) in found {
         let group = &mut graph.groups[id.0 as usize];
-        if text.is_some() && group.schedule.is_none() {
-            (group.schedule, group.measured) = (text, true);
+        if let (Some((text, measured)), None) = (found, &group.schedule) {
+            (group.schedule, group.measured) = (Some(text), measured);
         }
     }
 }
