@@ -67,6 +67,11 @@ pub enum Layout {
         /// At least the product of the other extents.
         pitch: usize,
     },
+    /// A cache `[G, C, d]` in pages of so many slots: `[C/slots][G][slots][d]`.
+    Pages {
+        /// Slots of a page, which divide those of the cache.
+        slots: usize,
+    },
     /// A cache `[G, C, d]` as the packed operand of `q k^T`: `[G][C/16][d/word][16][word]`, 16 slots a panel.
     KeyPanels {
         /// Consecutive elements of `d` that one 32-bit word holds: 1 or 2.

@@ -681,9 +681,10 @@ impl<'a> Parser<'a> {
         self.sign("`)`")?;
         match name {
             "rows" => Ok(Layout::Rows { pitch: number }),
+            "pages" => Ok(Layout::Pages { slots: number }),
             "key_panels" => Ok(Layout::KeyPanels { word: number }),
             "value_panels" => Ok(Layout::ValuePanels { word: number }),
-            name => Err(place.fault(unknown("layout", name, "rows key_panels value_panels"))),
+            name => Err(place.fault(unknown("layout", name, "rows pages key_panels value_panels"))),
         }
     }
 

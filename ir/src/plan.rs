@@ -40,6 +40,8 @@ pub struct PlanBuffer {
     pub place: Place,
     /// Element type.
     pub dtype: DType,
+    /// Extents of a state as it lies, row-major: of a cache on a GPU `[pages, kv heads, page, head_dim]`. Empty elsewhere.
+    pub extents: Vec<usize>,
     /// Size, padding counted.
     pub bytes: usize,
 }
@@ -219,6 +221,7 @@ impl Plan {
             name: number.to_string(),
             place: Place::State,
             dtype: DType::U8,
+            extents: Vec::new(),
             bytes: 0,
         };
         let entry = |(number, (kernel, params)): (usize, (&Kernel, usize))| Entry {

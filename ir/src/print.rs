@@ -224,6 +224,7 @@ pub fn tensor_type(symbols: &Symbols, ty: &TensorType) -> String {
 pub fn layout(layout: Layout) -> String {
     match layout {
         Layout::Rows { pitch } => format!("rows({pitch})"),
+        Layout::Pages { slots } => format!("pages({slots})"),
         Layout::KeyPanels { word } => format!("key_panels({word})"),
         Layout::ValuePanels { word } => format!("value_panels({word})"),
     }

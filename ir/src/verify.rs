@@ -268,6 +268,10 @@ fn layout_fits(symbols: &Symbols, layout: Layout, ty: &TensorType) -> Result<boo
             }
             !ty.shape.is_empty() && row <= pitch as i128 && pitch as i128 <= i128::from(MAX_EXTENT)
         }
+        Layout::Pages { slots } => {
+            let all = ty.shape.get(1).and_then(|dim| dim.constant());
+            ty.shape.len() == 3 && slots > 0 && all.is_some_and(|all| all % slots as i64 == 0)
+        }
         Layout::KeyPanels { word } | Layout::ValuePanels { word } => {
             ty.shape.len() == 3 && (word == 1 || word == 2)
         }

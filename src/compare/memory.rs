@@ -94,12 +94,17 @@ fn in_memory(tensor: &Tensor, layout: Option<Layout>) -> Vec<f64> {
     data
 }
 
-/// Where the elements of a cache in panels lie, and how many there are with the padding.
+/// Where the elements of a cache in pages or panels lie, and how many there are with the padding.
 fn cells(shape: &[usize], layout: Option<Layout>) -> Option<(Vec<usize>, usize)> {
     let lanes = Pack::LANES;
+    if let (Some(Layout::Pages { slots: page }), &[heads, slots, width]) = (layout, shape) {
+        let place = |head: usize, slot: usize| ((slot / page * heads + head) * page + slot % page) * width;
+        let rows = (0..heads).flat_map(|head| (0..slots).map(move |slot| place(head, slot)));
+        return Some((rows.flat_map(|row| row..row + width).collect(), heads * slots * width));
+    }
     // The axis that lies along the lanes, the one whose elements share words, and how long a word is.
     let (keys, word) = match layout? {
-        Layout::Rows { .. } => return None,
+        Layout::Rows { .. } | Layout::Pages { .. } => return None,
         Layout::KeyPanels { word } => (true, word),
         Layout::ValuePanels { word } => (false, word),
     };

@@ -205,7 +205,8 @@ mod tests {
     #[test]
     fn attention_executes_whole_tiles() {
         let steps = ir::dim::Dim::from(512);
-        let shape = Shape { steps, per_kv: 1, kv_heads: 16, d: 128, slots: 1 << 14, dtype: DType::BF16 };
+        let slots = 1 << 14;
+        let shape = Shape { steps, per_kv: 1, kv_heads: 16, d: 128, slots, page: slots, dtype: DType::BF16 };
         let problem =
             Problem::attention(&shape, [1 << 14, 0], 0, AttentionTile { rows: 64, keys: 64, split: 0 });
         let (tiles, of_tile) = (256, 4 * 64 * 64 * 128);

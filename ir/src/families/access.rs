@@ -468,6 +468,7 @@ impl<'a, 'g> Lowering<'a, 'g> {
                 strides[0] = pitch as i64;
                 (value.ty.shape.clone(), Some(strides))
             }
+            Some(Layout::Pages { slots }) => (dims(&[extent(1) / slots, extent(0), slots, extent(2)]), None),
             Some(Layout::KeyPanels { word }) => {
                 let (g, c, d) = (extent(0), extent(1), extent(2));
                 let lanes = Pack::LANES;
@@ -711,7 +712,8 @@ impl<'a, 'g> Lowering<'a, 'g> {
                 let [head, column] = [&index[1], &index[2]].map(|i| scope.vars.expr(i));
                 if !matches!(graph[state].layout, Some(Layout::KeyPanels { .. } | Layout::ValuePanels { .. }))
                 {
-                    self.k.store(buffer, &[head, slot, column], value);
+                    let at = paged(&self.k.kernel()[buffer].shape, head, slot, column);
+                    self.k.store(buffer, &at, value);
                     return Ok(());
                 }
                 for lane in 0..lanes {
@@ -808,7 +810,17 @@ pub fn unpacked(graph: &crate::Graph, id: ValueId) -> Option<usize> {
     graph.packs.iter().position(whole)
 }
 
-/// Where element `(head, slot, column)` of a cache lies.
+/// Where element `(head, slot, column)` lies in a cache that is a parameter `[pages, heads, slots, columns]`, or has no pages.
+pub fn paged(shape: &[Dim], head: Expr, slot: Expr, column: Expr) -> Vec<Expr> {
+    let extent = |axis: usize| shape[axis].constant().expect("caches are of constant shape");
+    match shape.len() {
+        4 if extent(0) == 1 => vec![Expr::Int(0), head, slot, column],
+        4 => vec![slot.clone() / extent(2), head, slot % extent(2), column],
+        _ => vec![head, slot, column],
+    }
+}
+
+/// Where element `(head, slot, column)` of a cache in panels lies.
 fn cache_index(layout: Option<Layout>, head: Expr, slot: Expr, column: Expr) -> Vec<Expr> {
     let lanes = Pack::LANES as i64;
     match layout {
@@ -822,7 +834,9 @@ fn cache_index(layout: Option<Layout>, head: Expr, slot: Expr, column: Expr) -> 
             let lane = column.clone() % lanes * word + slot.clone() % word;
             vec![head, column / lanes, slot / word, lane]
         }
-        Some(Layout::Rows { .. }) | None => vec![head, slot, column],
+        Some(Layout::Rows { .. } | Layout::Pages { .. }) | None => {
+            unreachable!("a cache in panels")
+        }
     }
 }
 

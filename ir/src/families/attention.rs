@@ -98,6 +98,8 @@ pub struct Shape {
     pub d: usize,
     /// Slots of the cache.
     pub slots: usize,
+    /// Slots of a page of it: of all that lies without pages.
+    pub page: usize,
     /// Of all operands.
     pub dtype: DType,
 }
@@ -118,7 +120,12 @@ pub fn shape_of(view: &GroupView<'_>) -> Result<Shape, LowerError> {
     let (Some(heads), Some(kv_heads), Some(slots), Some(d)) = extents else {
         return Err(view.unsupported("symbolic heads or capacity"));
     };
-    Ok(Shape { steps: q.shape[0], per_kv: heads / kv_heads, kv_heads, d, slots, dtype: q.dtype })
+    let page = match view.graph[super::storage(view.graph, view.graph[id].operands[1])].layout {
+        Some(Layout::Pages { slots }) => slots,
+        _ => slots,
+    };
+    let (steps, dtype) = (q.shape[0], q.dtype);
+    Ok(Shape { steps, per_kv: heads / kv_heads, kv_heads, d, slots, page, dtype })
 }
 
 /// Elements that are multiplied together: those of four bytes.
@@ -145,7 +152,7 @@ fn word_of(view: &GroupView<'_>, shape: &Shape) -> Result<usize, LowerError> {
 /// Where shapes are symbolic behind the first axis, the dtype is neither f32 nor bf16, or the schedule does not fit.
 pub fn lower(view: &GroupView<'_>, vectors: &Vectors) -> Result<Lowered, LowerError> {
     let shape = shape_of(view)?;
-    let Shape { steps, per_kv, kv_heads, d, slots, dtype } = shape;
+    let Shape { steps, per_kv, kv_heads, d, slots, dtype, .. } = shape;
     let word = word_of(view, &shape)?;
     let text = match &view.graph.groups[view.id.0 as usize].schedule {
         Some(text) => text.clone(),

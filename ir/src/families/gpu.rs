@@ -4,7 +4,7 @@
 //! * [`gemv`] is products of one row, [`gemm`] of more, [`flash`] attention, [`decode`] that of few rows; both do [`tile`]s.
 //! * f32 is computed by FMA, never by tensor cores, whose f32 has a roundoff of 2^-11; bf16 by `mma`.
 //!
-//! Weights lie in rows that begin at multiples of 16 bytes, caches as `[heads, slots, head]`.
+//! Weights lie in rows that begin at multiples of 16 bytes, caches as `[pages, heads, slots, head]`.
 
 pub mod decode;
 pub mod flash;

@@ -1,7 +1,7 @@
 //! Chooses how weights, caches and activations lie in memory.
 //!
 //! * Takes: a fused graph. Gives: the same with a [`Pack`](crate::graph::Pack) for each segment of each product, panels
-//!   for caches that attention reads (on a CPU; a GPU's stay rows), and a row pitch for tensors with a row a token.
+//!   for caches that attention reads (on a GPU a page), and a row pitch for tensors with a row a token.
 //! * Never: changes a value. A packing depends on shapes and streams alone, so decode and prefill share it.
 //! * Cost: O(values * groups). Tests: `tests/ir/layout/`.
 
@@ -35,13 +35,17 @@ pub fn layout(graph: &mut Graph, target: &Target) {
                 let Ok(group) = dot::analyse(&view) else { continue }; // `lower` says why.
                 packs.extend(if on_gpu { gpu::packs(&view, &group) } else { dot::packs(&view, &group) });
             }
-            Family::Attention if on_gpu => {}
             Family::Attention => {
                 for &id in view.values.iter().filter(|&&id| matches!(graph[id].op, Op::Attention { .. })) {
                     let word = if graph[id].ty.dtype == DType::BF16 { 2 } else { 1 };
-                    let cache = |operand: usize| storage(graph, graph[id].operands[operand]);
-                    layouts.push((cache(1), Layout::KeyPanels { word }));
-                    layouts.push((cache(2), Layout::ValuePanels { word }));
+                    let [keys, values] = [1, 2].map(|operand| storage(graph, graph[id].operands[operand]));
+                    let of_panels = [Layout::KeyPanels { word }, Layout::ValuePanels { word }];
+                    // One page holds all: more of them are another layout, and no other kernel.
+                    let of_pages = graph[keys].ty.shape[1].constant().map(|all| all as usize);
+                    let of_pages = of_pages.map(|slots| [Layout::Pages { slots }; 2]);
+                    if let Some(of_both) = if on_gpu { of_pages } else { Some(of_panels) } {
+                        layouts.extend([keys, values].into_iter().zip(of_both));
+                    }
                 }
             }
             Family::Rowwise | Family::Elementwise | Family::Gather | Family::Sample => {}

@@ -160,7 +160,8 @@ impl Ctx {
     }
 
     fn push(&mut self, name: String, place: Place, dtype: crate::DType, bytes: usize) -> usize {
-        self.plan.buffers.push(PlanBuffer { name, place, dtype, bytes });
+        let extents = Vec::new();
+        self.plan.buffers.push(PlanBuffer { name, place, dtype, extents, bytes });
         self.plan.buffers.len() - 1
     }
 
@@ -173,6 +174,9 @@ impl Ctx {
             return known;
         }
         let buffer = self.push(name.to_string(), place, graph[id].ty.dtype, bytes);
+        if self.plan.buffers[buffer].place == Place::State {
+            self.plan.buffers[buffer].extents = lying(graph, id);
+        }
         self.by_name.insert(name.to_string(), buffer);
         buffer
     }
@@ -243,13 +247,30 @@ impl Ctx {
     }
 }
 
+/// Extents of a cache as it lies, row-major.
+fn lying(graph: &Graph, id: ValueId) -> Vec<usize> {
+    let extents: Vec<usize> =
+        graph[id].ty.shape.iter().filter_map(|dim| dim.constant()).map(|extent| extent as usize).collect();
+    let lanes = Pack::LANES;
+    match (graph[id].layout, &extents[..]) {
+        (Some(Layout::Pages { slots }), &[g, c, d]) => vec![c / slots, g, slots, d],
+        (Some(Layout::KeyPanels { word }), &[g, c, d]) => {
+            vec![g, c.div_ceil(lanes), d.div_ceil(word), lanes, word]
+        }
+        (Some(Layout::ValuePanels { word }), &[g, c, d]) => {
+            vec![g, d.div_ceil(lanes), c.div_ceil(word), lanes, word]
+        }
+        _ => extents,
+    }
+}
+
 /// Bytes of a tensor at the largest symbols, with the padding of its layout.
 fn tensor_bytes(graph: &Graph, id: ValueId) -> usize {
     let value = &graph[storage(graph, id)];
     let max = graph.symbols.max();
     let extents: Vec<usize> = value.ty.shape.iter().map(|d| d.eval(&max) as usize).collect();
     let elems = match value.layout {
-        None => extents.iter().product(),
+        None | Some(Layout::Pages { .. }) => extents.iter().product(),
         Some(Layout::Rows { pitch }) => extents[0] * pitch,
         Some(Layout::KeyPanels { word }) => {
             extents[0] * extents[1].next_multiple_of(Pack::LANES) * extents[2].next_multiple_of(word)

@@ -144,6 +144,8 @@ impl<'t> Parser<'t> {
     fn buffer(&mut self, kind: Kind, name: String) -> Result<PlanBuffer, Fault> {
         self.token(":")?;
         let dtype = self.one_of("a dtype", DType::from_name)?;
+        let is_state = matches!(kind, Kind::State);
+        let extents = if is_state && self.eat("[") { self.list("]", Parser::number)? } else { Vec::new() };
         self.token(",")?;
         let bytes = self.number()?;
         self.token("bytes")?;
@@ -161,7 +163,7 @@ impl<'t> Parser<'t> {
             Kind::State => Place::State,
             Kind::Input => Place::Input,
         };
-        Ok(PlanBuffer { name, place, dtype, bytes })
+        Ok(PlanBuffer { name, place, dtype, extents, bytes })
     }
 
     fn source(&mut self, dtype: DType, buffer: &str) -> Result<WeightSource, Fault> {
@@ -637,12 +639,16 @@ mod tests {
         ];
         let dtype =
             select(vec![DType::BF16, DType::I32, DType::Bool, DType::Block(crate::dtype::Block::Q4K)]);
-        (any_name(), place, dtype, any::<usize>()).prop_map(|(name, mut place, dtype, bytes)| {
-            if let Place::Weight { source: WeightSource::Pack { pack, .. }, .. } = &mut place {
-                (pack.name, pack.dtype) = (name.clone(), dtype);
-            }
-            PlanBuffer { name, place, dtype, bytes }
-        })
+        let extents = prop::collection::vec(any::<usize>(), 0..4);
+        (any_name(), place, dtype, extents, any::<usize>()).prop_map(
+            |(name, mut place, dtype, extents, bytes)| {
+                if let Place::Weight { source: WeightSource::Pack { pack, .. }, .. } = &mut place {
+                    (pack.name, pack.dtype) = (name.clone(), dtype);
+                }
+                let extents = if place == Place::State { extents } else { Vec::new() };
+                PlanBuffer { name, place, dtype, extents, bytes }
+            },
+        )
     }
 
     prop_compose! {

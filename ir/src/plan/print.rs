@@ -6,7 +6,7 @@
 //!   weight %embed : bf16, 131072000 bytes at 0 = tensor "model.embed_tokens.weight"[32000, 2048]
 //!   weight %l0.qkv.0 : bf16, 8388608 bytes at 131072000 = pack {n = 2048, k = 2048, word = 2, streams = ["q"[n]]}
 //!   weight %freq : f32, 128 bytes at 139460608 = constant [1.0, 0.5]
-//!   state %k.0 : bf16, 262144 bytes
+//!   state %k.0 : bf16[1, 4, 512, 64], 262144 bytes
 //!   input %tokens : i32, 64 bytes
 //!   arena %decode/x : f32, 8192 bytes at 0
 //!   entry @decode(T = 1, P in 0..511) gives last, tokens %tokens, positions %positions, logits %decode/logits {
@@ -54,7 +54,7 @@ impl Display for Plan {
 }
 
 fn print_buffer(f: &mut Formatter<'_>, buffer: &PlanBuffer, label: Label<'_>) -> fmt::Result {
-    let PlanBuffer { name: _, place, dtype, bytes } = buffer;
+    let PlanBuffer { name: _, place, dtype, extents, bytes } = buffer;
     let label = label.definition();
     match place {
         Place::Weight { offset, source } => {
@@ -62,7 +62,8 @@ fn print_buffer(f: &mut Formatter<'_>, buffer: &PlanBuffer, label: Label<'_>) ->
             print_source(f, source)
         }
         Place::Arena { offset } => writeln!(f, "  arena {label} : {dtype}, {bytes} bytes at {offset}"),
-        Place::State => writeln!(f, "  state {label} : {dtype}, {bytes} bytes"),
+        Place::State if extents.is_empty() => writeln!(f, "  state {label} : {dtype}, {bytes} bytes"),
+        Place::State => writeln!(f, "  state {label} : {dtype}{extents:?}, {bytes} bytes"),
         Place::Input => writeln!(f, "  input {label} : {dtype}, {bytes} bytes"),
     }
 }

@@ -182,10 +182,21 @@ fn aligned(what: &str, found: usize) -> Result<(), PlanError> {
 }
 
 fn verify_buffer(plan: &Plan, buffer: &PlanBuffer) -> Result<(), PlanError> {
-    let PlanBuffer { name, place, dtype: _, bytes } = buffer;
+    let PlanBuffer { name, place, dtype, extents, bytes } = buffer;
     let overflow = || PlanError::Overflow { what: format!("buffer `{name}`") };
     if !bytes.is_multiple_of(ALIGN) {
         return Err(PlanError::Align { what: format!("the size of buffer `{name}`"), found: *bytes });
+    }
+    let holds = |contents: Option<usize>| {
+        let contents = contents.ok_or_else(overflow)?;
+        match contents.checked_next_multiple_of(ALIGN).ok_or_else(overflow)? {
+            expected if expected == *bytes => Ok(()),
+            expected => Err(PlanError::Size { buffer: name.clone(), found: *bytes, expected }),
+        }
+    };
+    if !extents.is_empty() {
+        let elems = extents.iter().try_fold(1_usize, |elems, &extent| elems.checked_mul(extent));
+        holds(elems.and_then(|elems| bytes_of(*dtype, elems)))?;
     }
     let (Place::Weight { offset, .. } | Place::Arena { offset }) = place else { return Ok(()) };
     if !offset.is_multiple_of(ALIGN) {
@@ -196,13 +207,7 @@ fn verify_buffer(plan: &Plan, buffer: &PlanBuffer) -> Result<(), PlanError> {
         Place::Arena { .. } if end > plan.arena_bytes => {
             Err(PlanError::Outside { buffer: name.clone(), end, arena_bytes: plan.arena_bytes })
         }
-        Place::Weight { source, .. } => {
-            let contents = source_bytes(buffer, source)?.ok_or_else(overflow)?;
-            match contents.checked_next_multiple_of(ALIGN).ok_or_else(overflow)? {
-                expected if expected == *bytes => Ok(()),
-                expected => Err(PlanError::Size { buffer: name.clone(), found: *bytes, expected }),
-            }
-        }
+        Place::Weight { source, .. } => holds(source_bytes(buffer, source)?),
         Place::Arena { .. } | Place::State | Place::Input => Ok(()),
     }
 }
@@ -518,7 +523,9 @@ mod tests {
             ("n % 4 + 4", &format!("n % 4 + {huge}"), "buffer `l0.qkv.0`: the size overflows"),
             ("n = 20, k = 16", &format!("n = 20, k = {huge}"), "buffer `l0.qkv.0`: the size overflows"),
             ("[1.0, 0.1, 1e-7, -0.0, -inf]", "[]", "weight `freq`: a constant has numbers, and no blocks"),
-            ("state %k.0 : bf16, 2048", "state %k.0 : bf16, 18446744073709551552", "the whole program: the size overflows"),
+            ("state %k.0 : bf16[1, 2, 8, 64], 2048", "state %k.0 : bf16, 18446744073709551552", "the whole program: the size overflows"),
+            ("bf16[1, 2, 8, 64]", "bf16[1, 2, 8, 96]", "buffer `k.0` has 2048 bytes, its contents 3072"),
+            ("bf16[1, 2, 8, 64]", &format!("bf16[{huge}, {huge}]"), "buffer `k.0`: the size overflows"),
             ("launch @choose(", "launch @choose(%freq, %freq, ", "fine"),
             ("launch @2(%decode/q, ", "launch @2(", "entry @all: kernel @the head has 3 arguments, elsewhere 2"),
             ("f32, 192 bytes at 128", "f32, 192 bytes at 0", "entry @decode: buffers `decode/x` and `decode/q` overlap"),

@@ -188,7 +188,7 @@ pub fn weights() -> Checked<()> {
         }
         for fault in Mispacked::ALL {
             for buffer in &plan.buffers {
-                let PlanBuffer { place: Place::Weight { offset, source }, dtype, bytes, name } = buffer
+                let PlanBuffer { place: Place::Weight { offset, source }, dtype, bytes, name, .. } = buffer
                 else {
                     continue;
                 };

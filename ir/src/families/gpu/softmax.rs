@@ -9,6 +9,7 @@ use crate::dtype::DType;
 use crate::families::access::Lowering;
 use crate::families::attention::Shape;
 use crate::families::{LowerError, storage};
+use crate::graph::Layout;
 use crate::kernel::{Access, BufferId, Builder, Expr, RegId, Type, WARP};
 use crate::op::{Compare, Reduction, Unary};
 
@@ -79,8 +80,8 @@ pub(super) fn operands(l: &mut Lowering<'_, '_>) -> Result<Operands, LowerError>
     let view = l.view;
     let operands = &view.graph[view.values[0]].operands;
     let stored = |n: usize| storage(view.graph, operands[n]);
-    if [1, 2].iter().any(|&n| view.graph[stored(n)].layout.is_some()) {
-        return Err(view.unsupported("a cache in panels"));
+    if [1, 2].iter().any(|&n| !matches!(view.graph[stored(n)].layout, Some(Layout::Pages { .. }))) {
+        return Err(view.unsupported("a cache that does not lie in pages"));
     }
     let mut read = |name, n: usize| l.tensor(name, operands[n], Access::Read);
     let [q, k, v, pos] = [read("q", 0), read("k", 1), read("v", 2), read("pos", 3)];

@@ -12,7 +12,7 @@
 use super::chunk;
 use super::softmax::{Blocks, Ends, Operands, Positions, Results, Rows, Softmax, operands};
 use crate::dtype::DType;
-use crate::families::access::{Lowering, Warp};
+use crate::families::access::{Lowering, Warp, paged};
 use crate::families::attention::{Shape, shape_of};
 use crate::families::{GroupView, LowerError};
 use crate::kernel::{BufferId, Builder, Expr, RegId, Type, WARP};
@@ -142,7 +142,7 @@ pub(super) struct Attention {
     pub to: Results,
     /// Columns of a head in shared memory.
     pub d: usize,
-    /// In global memory: `[position, head, column]`, and `[head, slot, column]`.
+    /// In global memory: `[position, head, column]`, and `[page, head, slot, column]`.
     q: BufferId,
     k: BufferId,
     v: BufferId,
@@ -321,7 +321,8 @@ impl Tile<'_> {
                 let slot = k.let_("slot", tile.clone() * self.a.s.keys + key.clone());
                 let left = (Expr::from(self.a.shape.d) - column.clone()).max(0i64).min(wide);
                 let at = [stage.clone(), key, column.clone()];
-                k.copy((to, &at), (from, &[self.head.clone(), slot, column]), left);
+                let there = paged(&k.kernel()[from].shape, self.head.clone(), slot, column);
+                k.copy((to, &at), (from, &there), left);
             });
         }
     }

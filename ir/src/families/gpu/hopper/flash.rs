@@ -9,7 +9,7 @@
 
 use super::{ROWS, Ring, WARPS, panel, roles};
 use crate::dtype::DType;
-use crate::families::access::Lowering;
+use crate::families::access::{Lowering, paged};
 use crate::families::attention::{Shape, shape_of};
 use crate::families::gpu::softmax::{Blocks, Ends, Operands, Positions, Rows, Softmax, operands};
 use crate::families::gpu::{AttentionTile, chunk};
@@ -82,7 +82,7 @@ impl Schedule {
     fn fits(self, shape: &Shape, gpu: &Gpu) -> bool {
         let panels = shape.d.div_ceil(panel(shape.dtype));
         let registers = (shape.d + self.keys) / 2 + self.keys / 4;
-        shape.slots.is_multiple_of(self.keys)
+        shape.page.is_multiple_of(self.keys)
             && registers <= 168
             && self.shared_bytes(panels) <= gpu.shared_bytes
     }
@@ -174,8 +174,8 @@ pub fn lower(view: &GroupView<'_>, s: Schedule, gpu: &Gpu) -> Result<Lowered, Lo
         steps: shape.d.div_ceil(16),
         panels,
         q,
-        keys: k.map("keys", keys, &[1, s.keys, columns]),
-        values: k.map("values", values, &[1, s.keys, columns]),
+        keys: k.map("keys", keys, &[1, 1, s.keys, columns]),
+        values: k.map("values", values, &[1, 1, s.keys, columns]),
         tile_q: k.swizzled("tile_q", shape.dtype, &[panels, s.rows(), columns]),
         tile_k: k.swizzled("tile_k", shape.dtype, &[s.stages, panels, s.keys, columns]),
         tile_v: k.swizzled("tile_v", shape.dtype, &[s.stages, panels, s.keys, columns]),
@@ -244,7 +244,8 @@ impl Tile {
                     for number in 0..self.panels {
                         let place = vec![stage.clone(), number.into(), Expr::Int(0), Expr::Int(0)];
                         let column = number * panel(self.shape.dtype);
-                        let index = vec![rows.head.clone(), slot.clone(), column.into()];
+                        let cache = &k.kernel()[k.kernel().maps[map.0 as usize].buffer].shape;
+                        let index = paged(cache, rows.head.clone(), slot.clone(), column.into());
                         k.warpgroup(Warpgroup::Fetch { to, place, map, index, at: full.clone() });
                     }
                 });
