@@ -305,7 +305,7 @@ pub fn compile(
     }
     if let Some(choices) = options.measured {
         let taken =
-            codes.iter().flat_map(|(code, ..)| code.lowered.taken(code.backend.name(), choices)).collect();
+            codes.iter().flat_map(|(code, ..)| code.lowered.taken(&code.backend.target(), choices)).collect();
         section(&mut writer, manifest::TUNING, Table { records: taken }.to_string().as_bytes())?;
     }
     let graph = codes[0].0.text(&request, Stage::Graph)?;

@@ -103,9 +103,9 @@ pub struct Lowered {
 
 impl Lowered {
     /// The records of the choices that groups took for a target, each once.
-    pub fn taken(&self, target: &str, choices: &Choices) -> Vec<Record> {
+    pub fn taken(&self, Target { name: target, machine }: &Target, choices: &Choices) -> Vec<Record> {
         let groups = self.entries.iter().flat_map(|entry| GroupView::all(&entry.graph));
-        let found = groups.filter_map(|view| choices.get(target, &digest(&signature(&view))));
+        let found = groups.filter_map(|view| choices.get(target, &digest(&signature(&view, machine))));
         let mut taken: Vec<Record> = Vec::new();
         for record in found {
             if !taken.contains(record) {
@@ -128,7 +128,7 @@ pub fn lower(request: &Request<'_>, target: &Target) -> Result<Lowered, LowerErr
         if let (Some(choices), "schedule") = (request.measured, pass.name) {
             graphs.iter_mut().for_each(|(graph, _)| {
                 pin(graph, &|view| {
-                    let record = choices.get(&target.name, &digest(&signature(view)))?;
+                    let record = choices.get(&target.name, &digest(&signature(view, &target.machine)))?;
                     Some((record.schedule.clone(), !record.key.predicted))
                 })
             });

@@ -74,7 +74,7 @@ pub fn tasks(lowered: &Lowered, target: &Target) -> Result<Vec<Task>, LowerError
             }
             seen.push(launch.kernel);
             let launches = entry.launches.iter().filter(|other| other.kernel == launch.kernel).count();
-            let group = digest(&signature(view));
+            let group = digest(&signature(view, &target.machine));
             let candidates = candidates(view, target)?;
             if candidates.len() < 2 || tasks.iter().any(|task| task.group == group) {
                 continue;
@@ -113,11 +113,36 @@ mod tests {
             let mut kernels: BTreeMap<String, usize> = BTreeMap::new();
             for entry in &lowered.entries {
                 for (view, launch) in GroupView::all(&entry.graph).iter().zip(&entry.launches) {
-                    let known = kernels.entry(signature(view)).or_insert(launch.kernel);
+                    let known = kernels.entry(signature(view, &target.machine)).or_insert(launch.kernel);
                     assert_eq!(*known, launch.kernel, "@{}", view.name());
                 }
             }
             assert_eq!(kernels.len(), lowered.kernels.len());
+        }
+    }
+
+    /// On a GPU what is best for 16 rows says nothing of 512: what one range of rows may choose from, those that share its
+    /// record may too, and each range has its own.
+    #[test]
+    fn ranges_of_rows_are_tuned_each() {
+        for warpgroups in [false, true] {
+            let target = Target::gpu("a GPU", 227 << 10, warpgroups);
+            let config = models::preset("smollm2-135m").unwrap();
+            let request = Request { config: &config, dtype: DType::BF16, context: 1024, measured: None };
+            let lowered = lower(&request, &target).unwrap();
+            let mut choices: BTreeMap<String, Vec<Candidate>> = BTreeMap::new();
+            for entry in &lowered.entries {
+                for view in GroupView::all(&entry.graph) {
+                    let may = candidates(&view, &target).unwrap();
+                    let known =
+                        choices.entry(signature(&view, &target.machine)).or_insert_with(|| may.clone());
+                    assert_eq!(*known, may, "@{}", view.name());
+                }
+            }
+            let tasks = tasks(&lowered, &target).unwrap();
+            let of = |kernel: &str| tasks.iter().filter(|t| t.kernel == kernel).map(|t| t.tokens).collect();
+            let rows: Vec<usize> = of("gate");
+            assert_eq!(rows, [1, 16, 64, 512]);
         }
     }
 }

@@ -6,6 +6,7 @@
 use super::{GroupView, attention, storage};
 use crate::graph::{Family, Graph, Group, GroupId, Pack, Stream, Value, ValueId};
 use crate::op::Op;
+use crate::target::Machine;
 use std::collections::BTreeMap;
 
 /// The group, with the names that it has in the whole graph; and for each value the one that it is there.
@@ -80,12 +81,18 @@ fn is_number(text: &str) -> bool {
     !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit())
 }
 
-/// What a group computes, as text in which nothing else counts: neither names nor the layer, neither the schedule nor how
-/// many slots a cache has, which moves addresses and no choice. Groups that share a kernel have the same text.
-pub fn signature(view: &GroupView<'_>) -> String {
+/// What a group computes, as text in which nothing else counts: neither names nor the layer nor the schedule. On a CPU neither how
+/// many rows a step has at most nor how many slots a cache, which moves addresses and no choice: groups that share a kernel have the same
+/// text. On a GPU tiles are as tall as steps, and splits as many as slots: groups of the same text share a kernel.
+pub fn signature(view: &GroupView<'_>, machine: &Machine) -> String {
     let (mut graph, _) = alone(view);
     graph.name = "alone".to_string();
+    let on_cpu = matches!(machine, Machine::Cpu(_));
+    let most = graph.symbols.max();
     graph.symbols = view.kernel_symbols();
+    if !on_cpu {
+        graph.symbols.0.iter_mut().zip(most).for_each(|(symbol, most)| symbol.max = most);
+    }
     let rows: Vec<bool> = graph.values.iter().map(|value| value.layout.is_none()).collect();
     let is_cache: Vec<bool> =
         graph.ids().map(|id| matches!(graph[storage(&graph, id)].op, Op::State { .. })).collect();
@@ -97,7 +104,7 @@ pub fn signature(view: &GroupView<'_>) -> String {
         {
             *name = format!("v{at}");
         }
-        if is_cache[at] && !rows[at] {
+        if on_cpu && is_cache[at] && !rows[at] {
             value.ty.shape[1] = attention::KEYS.into();
         }
     }
