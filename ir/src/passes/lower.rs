@@ -1,7 +1,7 @@
 //! Generates each group's kernel.
 //!
 //! * Takes: a scheduled graph. Gives: kernels, and for each group which kernel it launches on what; groups that differ
-//!   only in their operands share one.
+//!   only in their operands and in names share one.
 //! * Never: decides anything: family, layout and schedule stand in the graph.
 //! * Cost: O(size of the kernels). Tests: `tests/ir/lower/`.
 
@@ -21,18 +21,15 @@ pub struct Kernels {
 }
 
 impl Kernels {
-    /// The index of a kernel equal to this one but for its name, which is made unique.
+    /// The index of a kernel equal to this one but for names. That of the kernel is made unique.
     pub fn add(&mut self, mut kernel: Kernel) -> usize {
-        let wanted = std::mem::take(&mut kernel.name);
         let digest = digest(&kernel);
-        for &at in self.known.get(&digest).into_iter().flatten() {
-            let name = std::mem::take(&mut self.list[at].name);
-            let same = self.list[at] == kernel;
-            self.list[at].name = name;
-            if same {
-                return at;
-            }
+        let nameless = nameless(&kernel);
+        let alike = self.known.get(&digest).into_iter().flatten();
+        if let Some(&at) = alike.into_iter().find(|&&at| self::nameless(&self.list[at]) == nameless) {
+            return at;
         }
+        let wanted = std::mem::take(&mut kernel.name);
         let taken = |n: &str| self.list.iter().any(|k| k.name == n);
         kernel.name = match taken(&wanted) {
             false => wanted,
@@ -42,6 +39,16 @@ impl Kernels {
         self.known.entry(digest).or_default().push(self.list.len() - 1);
         self.list.len() - 1
     }
+}
+
+/// A kernel without names: norms of a layer do the same under two.
+fn nameless(kernel: &Kernel) -> Kernel {
+    let mut kernel = kernel.clone();
+    kernel.name.clear();
+    kernel.vars.iter_mut().for_each(|var| var.name.clear());
+    kernel.regs.iter_mut().for_each(|file| file.name.clear());
+    kernel.buffers.iter_mut().for_each(|buffer| buffer.name.clear());
+    kernel
 }
 
 fn digest(kernel: &Kernel) -> u64 {
