@@ -9,10 +9,13 @@
 //! judged by the same oracle, and compared with the emulator's, bit for bit where there is one right answer.
 //!
 //! In reading order: this file, `inputs` (operands), `oracle` (what numbers may come out), `lane` (instructions that each lane
-//! does for itself), `warp` (shuffles, votes, matrix products), `memory` (copies, atomics, barriers), `warpgroup` (`wgmma`), `record`.
+//! does for itself), `warp` (shuffles, votes, matrix products), `memory` (copies, atomics, barriers), `warpgroup` (`wgmma`),
+//! `bulk` (boxes of tensors), `mbarrier` (phases, clusters), `record`.
 
+mod bulk;
 mod inputs;
 mod lane;
+mod mbarrier;
 mod memory;
 mod oracle;
 pub mod record;
@@ -24,15 +27,17 @@ pub use oracle::Expected;
 use crate::cuda::context::{Buffer, Context, Image, Module};
 use crate::device::DeviceError;
 use crate::emulator::{self, Grid, Memory, Options, Report, Sm};
-use crate::gpu::Call;
+use crate::gpu::{Call, with_maps};
 use crate::ptx::{self, PtxError, Type};
+use crate::tensor_map::TensorMap;
 use std::fmt::Write as _;
 use std::sync::Arc;
 
 /// A form of an instruction, and what tries it.
 ///
 /// Each thread has its operands in registers `%a0`, `%a1`, ..., leaves its results in `%d0`, ..., and its number in the CTA is
-/// in `%t`. Predicates `%p0` to `%p7`, and the registers `%r0` to `%r7` and `%l0` to `%l3`, of 32 and 64 bits, are its own.
+/// in `%t`. Predicates `%p0` to `%p7`, and the registers `%r0` to `%r7` and `%l0` to `%l3`, of 32 and 64 bits, are its own. `%map`
+/// is the address of the tensor map, where there is one.
 #[derive(Clone, Debug)]
 pub struct Form {
     /// The instruction without its operands, and what is special about this use of it. No two forms have the same.
@@ -47,12 +52,25 @@ pub struct Form {
     pub gives: Vec<Type>,
     /// Threads of a CTA.
     pub threads: usize,
+    /// CTAs of a cluster.
+    pub cluster: usize,
     /// Bytes of dynamic shared memory; they begin at `smem`.
     pub shared_bytes: u32,
+    /// What bulk copies take or fill.
+    pub tensor: Option<Tensor>,
     /// The operands of all threads, one thread after the other.
     pub operands: Vec<u64>,
     /// What the results may be, in the same order; both halves of a pair.
     pub expected: Vec<Expected>,
+}
+
+/// A tensor in the kernel's memory. The base of its map counts from the beginning of that memory.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Tensor {
+    /// In the operands of all threads, which lie one after the other, 8 bytes each.
+    OfOperands(TensorMap),
+    /// In the results.
+    OfResults(TensorMap),
 }
 
 /// All forms. To add one is to add a row to a table.
@@ -61,6 +79,8 @@ pub fn forms() -> Vec<Form> {
     forms.extend(warp::forms());
     forms.extend(memory::forms());
     forms.extend(warpgroup::forms());
+    forms.extend(bulk::forms());
+    forms.extend(mbarrier::forms());
     forms
 }
 
@@ -88,7 +108,9 @@ impl Form {
             takes: takes.to_vec(),
             gives: gives.to_vec(),
             threads: ctas[0].len(),
+            cluster: 1,
             shared_bytes: 0,
+            tensor: None,
             operands: ctas.iter().flatten().flatten().copied().collect(),
             expected: ctas.iter().flat_map(|cta| oracle(cta)).flatten().collect(),
         }
@@ -99,17 +121,26 @@ impl Form {
         Form { shared_bytes, ..self }
     }
 
+    /// The same on sm_90a, in clusters of so many CTAs: what was a CTA is a cluster.
+    fn in_clusters(self, cluster: usize) -> Form {
+        Form { sm: Sm::Sm90a, cluster, threads: self.threads / cluster, ..self }
+    }
+
     /// The kernel, as a module.
     pub fn ptx(&self) -> String {
         let (operands, results) = (SLOT_BYTES * self.takes.len(), SLOT_BYTES * self.gives.len());
-        // The lowest version that each machine needs here.
+        // The lowest version that each machine needs here. `setmaxnreg` has to know how many registers a thread begins with, which
+        // `ptxas` takes from the bounds of the launch.
         let version = if self.sm == Sm::Sm90a { "8.0" } else { "7.4" };
         let mut text = format!(
             ".version {version}\n.target {}\n.address_size 64\n.extern .shared .align 1024 .b8 smem[];\n\
-             .visible .entry k(.param .u64 from, .param .u64 to)\n{{\n\
+             .visible .entry k(.param .u64 from, .param .u64 to{}) .maxntid {} .minnctapersm 1{}\n{{\n\
              \t.reg .pred %p<8>;\n\t.reg .b32 %r<8>;\n\t.reg .b64 %l<4>;\n\
              \t.reg .b32 %t;\n\t.reg .b32 %i;\n\t.reg .b64 %from;\n\t.reg .b64 %to;\n",
-            self.sm.name()
+            self.sm.name(),
+            if self.tensor.is_some() { ", .param .align 64 .b8 map[128]" } else { "" },
+            self.threads,
+            if self.cluster > 1 { format!(" .reqnctapercluster {}", self.cluster) } else { String::new() },
         );
         let mut line = |line: String| writeln!(text, "\t{line}").expect("a string takes everything");
         for (name, types) in [("a", &self.takes), ("d", &self.gives)] {
@@ -127,6 +158,11 @@ impl Form {
         for (at, ty) in self.takes.iter().enumerate() {
             line(format!("ld.global.b{} %a{at}, [%from+{}];", ty.bits().max(16), SLOT_BYTES * at));
         }
+        if self.tensor.is_some() {
+            line(".reg .b64 %map;".into());
+            line("mov.b64 %map, map;".into());
+            line("cvta.param.u64 %map, %map;".into());
+        }
         self.body.lines().for_each(|body| line(body.trim().to_string()));
         for (at, ty) in self.gives.iter().enumerate() {
             line(format!("st.global.b{} [%to+{}], %d{at};", ty.bits().max(16), SLOT_BYTES * at));
@@ -137,6 +173,14 @@ impl Form {
     /// CTAs of its grid.
     pub fn ctas(&self) -> usize {
         self.operands.len() / self.takes.len() / self.threads
+    }
+
+    /// The tensor map, if it has one, of a kernel whose operands and results lie there.
+    fn map(&self, from: u64, to: u64) -> Option<TensorMap> {
+        self.tensor.clone().map(|tensor| match tensor {
+            Tensor::OfOperands(map) => TensorMap { base: map.base + from, ..map },
+            Tensor::OfResults(map) => TensorMap { base: map.base + to, ..map },
+        })
     }
 
     /// How many results one of this type is: pairs are two.
@@ -234,10 +278,12 @@ fn emulate(form: &Form, options: &Options, operands: &[u8], bytes: usize) -> Res
     let grid = Grid {
         ctas: [form.ctas() as u32, 1, 1],
         threads: [form.threads as u32, 1, 1],
-        cluster: 1,
+        cluster: form.cluster as u32,
         dynamic_shared: form.shared_bytes,
     };
-    emulator::launch(&module.kernels[0], &grid, &params(from, to), &mut memory, options)
+    let map = form.map(from, to).map(|map| map.encode().expect("a map that a driver makes"));
+    let params = with_maps(&params(from, to), map);
+    emulator::launch(&module.kernels[0], &grid, &params, &mut memory, options)
         .map_err(|report| RunError::Reported { form: form.name.clone(), report: Box::new(report) })?;
     Ok(memory.read(to, bytes).to_vec())
 }
@@ -258,7 +304,7 @@ fn on_gpu(
         threads: form.threads as u32,
         shared_bytes: form.shared_bytes,
         params: params(from.address(), to.address()),
-        maps: Vec::new(),
+        maps: form.map(from.address(), to.address()).into_iter().collect(),
     })?;
     context.wait()?;
     let mut memory = vec![0; bytes];

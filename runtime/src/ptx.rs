@@ -20,6 +20,9 @@ mod sm90;
 
 pub use op::*;
 
+use lexer::Kind;
+use std::collections::BTreeSet;
+
 /// Why a text is no module that the emulator runs. Lines count from 1.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum PtxError {
@@ -120,6 +123,42 @@ impl Module {
     pub fn kernel(&self, name: &str) -> Option<&Kernel> {
         self.kernels.iter().find(|kernel| kernel.name == name)
     }
+}
+
+/// The instructions of a text as they are written, without guards and operands: `ld.global.v2.b32`.
+///
+/// # Errors
+///
+/// [`PtxError`] where the text has no tokens. It need not be a module that [`Module::parse`] reads.
+pub fn opcodes(text: &str) -> Result<BTreeSet<&str>, PtxError> {
+    let tokens = lexer::tokens(text)?;
+    let (mut found, mut at, mut depth) = (BTreeSet::new(), 0, 0);
+    while let [token, next, ..] = tokens[at..] {
+        at += match token.text {
+            "{" => {
+                depth += 1;
+                1
+            }
+            "}" => {
+                depth -= 1;
+                1
+            }
+            // Outside of functions, and behind a label.
+            _ if depth == 0 || next.text == ":" => 1 + usize::from(depth > 0),
+            "@" if next.text == "!" => 3,
+            "@" => 2,
+            word => {
+                if token.kind == Kind::Word && !word.starts_with('.') {
+                    found.insert(word);
+                }
+                1 + tokens[at..]
+                    .iter()
+                    .take_while(|token| token.text != ";" && token.kind != Kind::End)
+                    .count()
+            }
+        };
+    }
+    Ok(found)
 }
 
 /// An entry function.
@@ -276,6 +315,16 @@ $L__BB0_2:
         assert_eq!(kernel.code[3].line, 17);
         assert!(kernel.code[3].guard.is_some_and(|(_, when)| when));
         assert!(kernel.constants.iter().any(|(_, constant)| *constant == Constant::Bits(0x3F80_0000)));
+    }
+
+    #[test]
+    fn instructions_are_listed_as_they_are_written() {
+        let body = ".reg .b32 %r<4>; L: @!%p1 bra.uni L; { .reg .pred q; mma.x {%r1, %r2}, q; } @%p1 ret; .pragma \"p\";";
+        let text =
+            format!(".version 7.4 .target sm_80 .visible .entry k(.param .u64 p) .maxntid 4 {{ {body} }}");
+        assert_eq!(opcodes(&text), Ok(BTreeSet::from(["bra.uni", "mma.x", "ret"])));
+        let broken = text.replace("ret;", "ret");
+        assert_eq!(opcodes(&broken).map(|found| found.len()), Ok(3));
     }
 
     #[test]

@@ -58,10 +58,26 @@ pub fn forms() -> Vec<Form> {
     for ty in [F32, F64, F16, S32, U32, S64, B32, B64] {
         forms.extend(comparisons(ty));
     }
-    let body = "setp.ne.b32 %p0, %a2, 0;\nselp.b32 %d0, %a0, %a1, %p0;";
-    forms.push(form_of("selp.b32", body, &[B32; 3], &[B32], |a| {
-        vec![Bits(if a[2] != 0 { a[0] } else { a[1] })]
+    for ty in [B16, B32, B64, F32, F64] {
+        let name = format!("selp.{}", name_of(ty));
+        let body = format!("setp.ne.b32 %p0, %a2, 0;\n{name} %d0, %a0, %a1, %p0;");
+        forms.push(form_of(&name, &body, &[ty, ty, B32], &[ty], |a| {
+            vec![Bits(if a[2] != 0 { a[0] } else { a[1] })]
+        }));
+    }
+    for ty in [B16, B32, B64] {
+        forms.push(form(&format!("mov.{}", name_of(ty)), &[ty], ty, |operands| vec![Bits(operands[0])]));
+    }
+    forms.extend(PREDICATES.iter().map(|&(name, count, of)| {
+        let sources = &["%p0, %p1", "%p0"][2 - count];
+        let body = format!(
+            "and.b32 %r0, %a0, 1;\nsetp.ne.b32 %p0, %r0, 0;\nand.b32 %r1, %a1, 1;\nsetp.ne.b32 %p1, %r1, 0;\n\
+             {name} %p2, {sources};\nselp.b32 %d0, 1, 0, %p2;"
+        );
+        form_of(name, &body, &[B32, B32], &[B32], |a| vec![Bits(of(a[0] & 1 == 1, a[1] & 1 == 1).into())])
     }));
+    let body = "mov.b32 %d0, %a0;\nbra.uni OVER;\nadd.s32 %d0, %d0, 1;\nOVER:";
+    forms.push(form_of("bra.uni", body, &[B32], &[B32], |operands| vec![Bits(operands[0])]));
     forms
 }
 
@@ -372,6 +388,19 @@ fn lop3(table: u64, operands: &[u64]) -> u64 {
     let bit = |at: u32| operands.iter().fold(0, |index, operand| 2 * index + (operand >> at & 1));
     (0..32).map(|at| (table >> bit(at) & 1) << at).sum()
 }
+
+/// A predicate of two.
+type OfPredicates = fn(bool, bool) -> bool;
+
+/// Name; how many predicates it takes; the one that it gives.
+#[rustfmt::skip] // a table
+const PREDICATES: &[(&str, usize, OfPredicates)] = &[
+    ("and.pred", 2, |a, b| a && b),
+    ("or.pred", 2, |a, b| a || b),
+    ("xor.pred", 2, |a, b| a != b),
+    ("not.pred", 1, |a, _| !a),
+    ("mov.pred", 1, |a, _| a),
+];
 
 /// Name; the orders in which it holds; does it hold if one is a NaN?
 #[rustfmt::skip] // a table

@@ -20,6 +20,10 @@ pub fn forms() -> Vec<Form> {
             .flat_map(|(cache, bytes)| [false, true].map(|ignored| copy(cache, bytes, ignored))),
     );
     forms.push(copies_in_groups());
+    forms.extend(MOVES.iter().map(|&(name, ty, body)| {
+        let same = alone(|operands| vec![Bits(operands[0])]);
+        ctas(name, body, [&[ty], &[ty]], |_, _, _| (), same).with_shared(8 * THREADS as u32)
+    }));
     for space in ["shared", "global"] {
         forms.extend(ATOMICS.iter().map(|atomic| own_word(space, atomic)));
     }
@@ -32,6 +36,18 @@ pub fn forms() -> Vec<Form> {
 fn ctas(
     name: &str,
     body: &str,
+    types: [&[Type]; 2],
+    adjust: impl Fn(usize, &mut [u64], &mut Random),
+    oracle: impl Fn(&[Vec<u64>]) -> Vec<Vec<Expected>>,
+) -> Form {
+    ctas_of(THREADS, name, body, types, adjust, oracle)
+}
+
+/// As [`ctas`], with so many threads.
+pub(super) fn ctas_of(
+    threads: usize,
+    name: &str,
+    body: &str,
     [takes, gives]: [&[Type]; 2],
     adjust: impl Fn(usize, &mut [u64], &mut Random),
     oracle: impl Fn(&[Vec<u64>]) -> Vec<Vec<Expected>>,
@@ -42,12 +58,12 @@ fn ctas(
         adjust(number, &mut operands, &mut random);
         operands
     };
-    let ctas: Vec<Vec<_>> = (0..CTAS).map(|_| (0..THREADS).map(&mut thread).collect()).collect();
+    let ctas: Vec<Vec<_>> = (0..CTAS).map(|_| (0..threads).map(&mut thread).collect()).collect();
     Form::new(name, body, [takes, gives], &ctas, oracle)
 }
 
 /// An oracle that looks at each thread alone.
-fn alone(of: impl Fn(&[u64]) -> Vec<Expected>) -> impl Fn(&[Vec<u64>]) -> Vec<Vec<Expected>> {
+pub(super) fn alone(of: impl Fn(&[u64]) -> Vec<Expected>) -> impl Fn(&[Vec<u64>]) -> Vec<Vec<Expected>> {
     move |cta| cta.iter().map(|operands| of(operands)).collect()
 }
 
@@ -94,6 +110,26 @@ fn vectors(ty: Type, count: usize) -> Vec<Form> {
     forms.push(ctas(&name, &format!("{name} {d}, [%from];"), [&[B64; 2], &types], |_, _, _| (), parts));
     forms
 }
+
+/// Name; type; a way on which the operand comes to the result.
+const MOVES: &[(&str, Type, &str)] = &[
+    ("st.global.b16", B16, "st.global.b16 [%to], %a0;\nld.global.b16 %d0, [%to];"),
+    ("ld.global.nc.b16", B16, "ld.global.nc.b16 %d0, [%from];"),
+    ("ld.global.nc.b32", B32, "ld.global.nc.b32 %d0, [%from];"),
+    ("cvta.to.global.u64", B32, "cvta.to.global.u64 %l0, %from;\nld.global.b32 %d0, [%l0];"),
+    (
+        "cvta.shared.u64",
+        B64,
+        "mov.b64 %l0, smem;\nmad.wide.u32 %l0, %t, 8, %l0;\nst.shared.b64 [%l0], %a0;\ncvta.shared.u64 %l1, %l0;\n\
+         ld.b64 %d0, [%l1];",
+    ),
+    (
+        "ld.param.b32",
+        B32,
+        "ld.param.b64 %l0, [from];\nsub.s64 %l0, %from, %l0;\nld.param.b32 %r0, [from];\nld.param.b32 %r1, [from+4];\n\
+         mov.b64 %l1, {%r0, %r1};\nadd.s64 %l1, %l1, %l0;\nld.global.b32 %d0, [%l1];",
+    ),
+];
 
 /// `cp.async` of so many bytes to shared memory; with `ignored`, only the first of them are read and the rest is zero.
 fn copy(cache: &str, bytes: usize, ignored: bool) -> Form {

@@ -4,6 +4,7 @@ use super::inputs::{Random, any, scattered};
 use super::oracle::{Expected, near, value};
 use super::{Expected::Bits, Type};
 use super::{Form, name_of};
+use crate::emulator::Sm;
 use Type::*;
 
 /// Lanes of a warp.
@@ -43,8 +44,10 @@ pub fn forms() -> Vec<Form> {
     }
     for count in [1, 2, 4] {
         forms.extend([false, true].map(|trans| load_matrix(count, trans)));
+        forms.extend([false, true].map(|trans| store_matrix(count, trans)));
     }
     forms.extend(PRODUCTS.iter().map(product));
+    forms.push(elect());
     forms
 }
 
@@ -223,6 +226,48 @@ fn load_matrix(count: usize, trans: bool) -> Form {
         (0..LANES).map(|lane| (0..count).map(|matrix| of(lane, matrix)).collect()).collect()
     });
     form.with_shared(16 * LANES as u32)
+}
+
+/// `stmatrix`: over rows of 16 bytes that lanes have stored, those of matrices in registers, at the lanes' rows that lanes name.
+///
+/// Lane `l` has of each matrix what `ldmatrix` would give it (PTX ISA, "stmatrix").
+fn store_matrix(count: usize, trans: bool) -> Form {
+    let instruction =
+        format!("stmatrix.sync.aligned.m8n8.x{count}{}.shared.b16", if trans { ".trans" } else { "" });
+    let from: Vec<String> = (0..count).map(|at| format!("%a{}", 5 + at)).collect();
+    let body = format!(
+        "mov.b32 %r0, smem;\nshl.b32 %r1, %t, 4;\nadd.s32 %r1, %r0, %r1;\n\
+         st.shared.v4.b32 [%r1], {{%a0, %a1, %a2, %a3}};\nbar.warp.sync -1;\n\
+         shl.b32 %r2, %a4, 4;\nadd.s32 %r2, %r0, %r2;\n{instruction} [%r2], {{{}}};\nbar.warp.sync -1;\n\
+         ld.shared.v4.b32 {{%d0, %d1, %d2, %d3}}, [%r1];",
+        from.join(", ")
+    );
+    // Each lane's row is another's, as no two may store to one.
+    let rows = |warp: &mut [Vec<u64>], random: &mut Random| {
+        let (odd, first) = (2 * random.below(16) + 1, random.below(32));
+        warp.iter_mut().zip(0..).for_each(|(lane, at)| lane[4] = (odd * at + first) % 32);
+    };
+    let form = warps(&instruction, &body, &vec![B32; 5 + count], &[B32; 4], rows, |warp| {
+        let mut stored: Vec<Vec<u64>> = warp.iter().map(|lane| lane[..4].to_vec()).collect();
+        for (matrix, row) in (0..count).flat_map(|matrix| (0..8).map(move |row| (matrix, row))) {
+            let element = |column: usize| {
+                let (a, b) = if trans { (column, row) } else { (row, column) };
+                warp[4 * a + b / 2][5 + matrix] >> (16 * (b % 2)) & 0xFFFF
+            };
+            let word = |at: usize| element(2 * at + 1) << 16 | element(2 * at);
+            stored[warp[8 * matrix + row][4] as usize] = (0..4).map(word).collect();
+        }
+        stored.into_iter().map(|row| row.into_iter().map(Bits).collect()).collect()
+    });
+    Form { sm: Sm::Sm90a, ..form }.with_shared(16 * LANES as u32)
+}
+
+/// `elect.sync`: which lane is elected is open, but not that it is one, and that all are told its number.
+fn elect() -> Form {
+    let body = "elect.sync %r0|%p0, -1;\nvote.sync.ballot.b32 %r1, %p0, -1;\npopc.b32 %d0, %r1;\n\
+                shl.b32 %r2, 1, %r0;\nsetp.eq.b32 %p1, %r1, %r2;\nselp.b32 %d1, 1, 0, %p1;";
+    let one = |warp: &[Vec<u64>]| vec![vec![Bits(1); 2]; warp.len()];
+    Form { sm: Sm::Sm90a, ..warps("elect.sync", body, &[B32], &[B32; 2], |_, _| (), one) }
 }
 
 /// An `mma.sync` of 16 x 8 elements: K, the type of A, the type of B, the type of C and D.

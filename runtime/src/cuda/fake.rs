@@ -434,7 +434,8 @@ unsafe extern "C" fn launch(
             return Err(Code::CUDA_ERROR_INVALID_VALUE);
         }
         let (ctas, threads) = ([x, y, z], [thread_x, thread_y, thread_z]);
-        let grid = Grid { ctas, threads, cluster: 1, dynamic_shared };
+        let cluster = fake.functions[function].program.cluster();
+        let grid = Grid { ctas, threads, cluster, dynamic_shared };
         fake.launch(Launch { function, grid, params: params.to_vec() })
     })
 }
