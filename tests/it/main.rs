@@ -1,6 +1,7 @@
 //! Everything that links LLVM, in one binary.
 //!
 //! * [`builtin`]: the built-in model writes what transformers writes with it.
+//! * [`instructions`]: the conformance suite has every instruction of the kernels that ship.
 //! * [`lower`]: kernels as LLVM IR, assembly, objects and PTX.
 //! * [`ptxas`]: what NVIDIA's assemblers make of PTX, and what the command does with it.
 //! * [`sass`]: what is read in machine code of GPUs.
@@ -39,6 +40,7 @@ mod fuzz;
 #[path = "../../models/tests/it/gguf_file.rs"]
 #[expect(dead_code, reason = "the tests of `models` write more kinds of files")]
 mod gguf_file;
+mod instructions;
 mod lower;
 mod ops;
 mod profile;
@@ -65,6 +67,7 @@ fn main() {
     let mut trials = Vec::new();
     trials.extend(builtin::trials());
     trials.extend(synchronisation::trials());
+    trials.extend(instructions::trials());
     trials.extend(lower::trials());
     trials.extend(ptxas::trials());
     trials.extend(sass::trials());
