@@ -55,7 +55,7 @@ pub fn forms() -> Vec<Form> {
             forms.push(form(&name, &[F32, F32], pair, |operands| vec![half(operands[1]), half(operands[0])]));
         }
     }
-    for ty in [F32, F64, F16, S32, U32, S64, B32, B64] {
+    for ty in [F32, F64, F16, S32, U32, S64, U64, B32, B64] {
         forms.extend(comparisons(ty));
     }
     for ty in [B16, B32, B64, F32, F64] {
@@ -317,7 +317,9 @@ const INTEGERS: &[(&str, &[Type], Type, OfIntegers)] = &[
     ("abs.s32", &[S32], S32, |[a, ..]| signed(a).wrapping_abs() as u64),
     ("and.b32", &[B32, B32], B32, |[a, b, _]| a & b),
     ("and.b16", &[B16, B16], B16, |[a, b, _]| a & b),
+    ("and.b64", &[B64, B64], B64, |[a, b, _]| a & b),
     ("or.b64", &[B64, B64], B64, |[a, b, _]| a | b),
+    ("xor.b64", &[B64, B64], B64, |[a, b, _]| a ^ b),
     ("xor.b32", &[B32, B32], B32, |[a, b, _]| a ^ b),
     ("not.b32", &[B32], B32, |[a, ..]| !a),
     ("cnot.b32", &[B32], B32, |[a, ..]| u64::from(a == 0)),

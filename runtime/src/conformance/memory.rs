@@ -112,10 +112,14 @@ fn vectors(ty: Type, count: usize) -> Vec<Form> {
 }
 
 /// Name; type; a way on which the operand comes to the result.
+#[rustfmt::skip] // a table
 const MOVES: &[(&str, Type, &str)] = &[
     ("st.global.b16", B16, "st.global.b16 [%to], %a0;\nld.global.b16 %d0, [%to];"),
     ("ld.global.nc.b16", B16, "ld.global.nc.b16 %d0, [%from];"),
     ("ld.global.nc.b32", B32, "ld.global.nc.b32 %d0, [%from];"),
+    ("ld.global.u32, st.global.u32", B32, "st.global.u32 [%to], %a0;\nld.global.u32 %d0, [%to];"),
+    ("ld.param.u64", U64, "ld.param.b64 %l0, [from];\nsub.s64 %l0, %from, %l0;\nld.param.u64 %l1, [from];\nadd.s64 %l1, %l1, %l0;\nld.global.b64 %d0, [%l1];"),
+    ("nanosleep.u32", B32, "nanosleep.u32 20;\nmov.b32 %d0, %a0;"),
     ("cvta.to.global.u64", B32, "cvta.to.global.u64 %l0, %from;\nld.global.b32 %d0, [%l0];"),
     (
         "cvta.shared.u64",
