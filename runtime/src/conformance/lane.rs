@@ -1,7 +1,7 @@
 //! Forms of instructions that each lane does for itself: arithmetic, conversions, comparisons, bits.
 
 use super::inputs::{Random, every, several};
-use super::oracle::{Expected, exactly, flush, fused, near, nearest, value};
+use super::oracle::{Expected, exactly, flush, fused, near, nearest, value, within_ulps};
 use super::{Expected::Bits, Form, name_of};
 use crate::ptx::Type::{self, *};
 use std::cmp::Ordering::{self, Equal, Greater, Less};
@@ -149,13 +149,48 @@ fn z(x: f64) -> f32 {
 }
 
 /// An approximation with `.ftz`: where it may be subnormal it may be zero.
-fn near_flushed(x: f64, error: f64) -> Expected {
-    match near(F32, x, error) {
+fn or_flushed(x: f64, expected: Expected) -> Expected {
+    match expected {
         Expected::Within(ty, low, high) if x.abs() < 1.0001 * f64::from(f32::MIN_POSITIVE) => {
             Expected::Within(ty, low.min(0.0), high.max(0.0))
         }
         other => other,
     }
+}
+
+/// "The maximum ulp error is 2 ulp from correctly rounded result across the full range of inputs", and of zeros 1.0 (PTX ISA,
+/// "Floating Point Instructions: ex2").
+fn ex2(a: f64) -> Expected {
+    if a == 0.0 { nearest(F32, 1.0) } else { within_ulps(F32, a.exp2(), 2.0) }
+}
+
+/// "The maximum absolute error is 2^-22 when the input operand is in the range (0.5, 2). For positive finite inputs outside of
+/// this interval, maximum relative error is 2^-22" (PTX ISA, "Floating Point Instructions: lg2").
+fn lg2(a: f64) -> Expected {
+    let scale = if 0.5 < a && a < 2.0 { 1.0 } else { a.log2().abs() };
+    near(F32, a.log2(), scale * 2f64.powi(-22))
+}
+
+/// "The maximum ulp error is 1 across the full range of inputs" (PTX ISA, "Floating Point Instructions: rcp").
+fn rcp(a: f64) -> Expected {
+    within_ulps(F32, 1.0 / a, 1.0)
+}
+
+/// "The maximum relative error for `rsqrt.f32` over the entire positive finite floating-point range is 2^-22.9" (PTX ISA,
+/// "Floating Point Instructions: rsqrt").
+fn rsqrt(a: f64) -> Expected {
+    near(F32, 1.0 / a.sqrt(), 2f64.powf(-22.9) / a.sqrt())
+}
+
+/// "The maximum relative error over the entire positive finite floating-point range is 2^-23" (PTX ISA, "Floating Point
+/// Instructions: sqrt").
+fn sqrt(a: f64) -> Expected {
+    near(F32, a.sqrt(), a.sqrt() * 2f64.powi(-23))
+}
+
+/// "The maximum relative error for `.f16` type is 2^-9.9" (PTX ISA, "Half Precision Floating Point Instructions: ex2").
+fn half_ex2(ty: Type, a: f64) -> Expected {
+    near(ty, a.exp2(), a.exp2() * 2f64.powf(-9.9))
 }
 
 /// The lesser number; -0 is less than +0. A number is less than a NaN, unless `nan` wins.
@@ -189,13 +224,7 @@ fn relu(ty: Type, x: f64) -> Expected {
     if x <= 0.0 { Expected::Within(ty, 0.0, 0.0) } else { nearest(ty, x) }
 }
 
-/// Logarithms to base 2 are off by 2^-22.6 between 1/2 and 2, by 2^-22 of themselves elsewhere.
-fn lg2_error(x: f64) -> f64 {
-    if 0.5 < x && x < 2.0 { 2f64.powf(-22.6) } else { x.log2().abs() * 2f64.powi(-22) }
-}
-
-/// Name; type of operands and result; how many operands; the result of their values. Bounds are those of the PTX ISA, in the
-/// section of the instruction.
+/// Name; type of operands and result; how many operands; the result of their values.
 #[rustfmt::skip] // a table: one form a line
 const FLOATS: &[(&str, Type, usize, OfFloats)] = &[
     ("add.rn.f32", F32, 2, |_, [a, b, _]| single(a as f32 + b as f32)),
@@ -214,16 +243,17 @@ const FLOATS: &[(&str, Type, usize, OfFloats)] = &[
     ("abs.f32", F32, 1, |t, [a, ..]| nearest(t, a.abs())),
     ("rcp.rn.f32", F32, 1, |_, [a, ..]| single(1.0 / a as f32)),
     ("sqrt.rn.f32", F32, 1, |_, [a, ..]| single((a as f32).sqrt())),
-    ("ex2.approx.f32", F32, 1, |t, [a, ..]| near(t, a.exp2(), a.exp2() * 2f64.powi(-22))),
-    ("ex2.approx.ftz.f32", F32, 1, |_, [a, ..]| near_flushed(flush(a).exp2(), a.exp2() * 2f64.powi(-22))),
-    ("lg2.approx.f32", F32, 1, |t, [a, ..]| near(t, a.log2(), lg2_error(a))),
-    ("lg2.approx.ftz.f32", F32, 1, |_, [a, ..]| near_flushed(flush(a).log2(), lg2_error(a))),
-    ("rcp.approx.f32", F32, 1, |t, [a, ..]| near(t, 1.0 / a, (1.0 / a).abs() * 2f64.powi(-23))),
-    ("rcp.approx.ftz.f32", F32, 1, |_, [a, ..]| near_flushed(1.0 / flush(a), (1.0 / a).abs() * 2f64.powi(-23))),
-    ("rsqrt.approx.f32", F32, 1, |t, [a, ..]| near(t, 1.0 / a.sqrt(), 2f64.powf(-22.9) / a.sqrt())),
-    ("rsqrt.approx.ftz.f32", F32, 1, |_, [a, ..]| near_flushed(1.0 / flush(a).sqrt(), 2f64.powf(-22.9) / a.sqrt())),
-    ("sqrt.approx.f32", F32, 1, |t, [a, ..]| near(t, a.sqrt(), a.sqrt() * 2f64.powi(-23))),
-    ("sqrt.approx.ftz.f32", F32, 1, |_, [a, ..]| near_flushed(flush(a).sqrt(), a.sqrt() * 2f64.powi(-23))),
+    ("ex2.approx.f32", F32, 1, |_, [a, ..]| ex2(a)),
+    ("ex2.approx.ftz.f32", F32, 1, |_, [a, ..]| or_flushed(flush(a).exp2(), ex2(flush(a)))),
+    ("lg2.approx.f32", F32, 1, |_, [a, ..]| lg2(a)),
+    ("lg2.approx.ftz.f32", F32, 1, |_, [a, ..]| or_flushed(flush(a).log2(), lg2(flush(a)))),
+    ("rcp.approx.f32", F32, 1, |_, [a, ..]| rcp(a)),
+    ("rcp.approx.ftz.f32", F32, 1, |_, [a, ..]| or_flushed(1.0 / flush(a), rcp(flush(a)))),
+    ("rsqrt.approx.f32", F32, 1, |_, [a, ..]| rsqrt(a)),
+    ("rsqrt.approx.ftz.f32", F32, 1, |_, [a, ..]| or_flushed(1.0 / flush(a).sqrt(), rsqrt(flush(a)))),
+    ("sqrt.approx.f32", F32, 1, |_, [a, ..]| sqrt(a)),
+    ("sqrt.approx.ftz.f32", F32, 1, |_, [a, ..]| or_flushed(flush(a).sqrt(), sqrt(flush(a)))),
+    // "The maximum relative error over the entire floating point range is 2^-11" (PTX ISA, "Floating Point Instructions: tanh").
     ("tanh.approx.f32", F32, 1, |t, [a, ..]| near(t, a.tanh(), a.tanh().abs() * 2f64.powi(-11))),
     ("add.rn.f64", F64, 2, |t, [a, b, _]| nearest(t, a + b)),
     ("mul.rn.f64", F64, 2, |t, [a, b, _]| nearest(t, a * b)),
@@ -251,8 +281,9 @@ const FLOATS: &[(&str, Type, usize, OfFloats)] = &[
     ("neg.bf16x2", Bf16x2, 1, |t, [a, ..]| nearest(t, -a)),
     ("abs.f16x2", F16x2, 1, |t, [a, ..]| nearest(t, a.abs())),
     ("abs.bf16x2", Bf16x2, 1, |t, [a, ..]| nearest(t, a.abs())),
-    ("ex2.approx.f16", F16, 1, |t, [a, ..]| near(t, a.exp2(), a.exp2() * 2f64.powf(-9.9))),
-    ("ex2.approx.f16x2", F16x2, 1, |t, [a, ..]| near(t, a.exp2(), a.exp2() * 2f64.powf(-9.9))),
+    ("ex2.approx.f16", F16, 1, |t, [a, ..]| half_ex2(t, a)),
+    ("ex2.approx.f16x2", F16x2, 1, |t, [a, ..]| half_ex2(t, a)),
+    // "The maximum absolute error for `.f16` type is 2^-10.987" (PTX ISA, "Half Precision Floating Point Instructions: tanh").
     ("tanh.approx.f16x2", F16x2, 1, |t, [a, ..]| near(t, a.tanh(), 2f64.powf(-10.987))),
 ];
 

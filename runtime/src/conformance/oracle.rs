@@ -125,6 +125,19 @@ pub fn near(ty: Type, x: f64, error: f64) -> Expected {
     Expected::Within(ty, beyond(x - error), beyond(x + error))
 }
 
+/// `x` rounded to the type, or what differs from that by at most so many units in its last place. Zeros and infinities are
+/// themselves.
+pub fn within_ulps(ty: Type, x: f64, count: f64) -> Expected {
+    if x.is_nan() || x == 0.0 || x.is_infinite() {
+        return nearest(ty, x);
+    }
+    let (_, _, largest) = range(ty);
+    let beyond = |x: f64| rounded(ty, x, f64::round_ties_even);
+    let middle = beyond(x).clamp(-largest, largest);
+    let error = count * step(ty, middle);
+    Expected::Within(ty, beyond(middle - error), beyond(middle + error))
+}
+
 /// `x`, where subnormals of f32 count as zeros of their sign.
 pub fn flush(x: f64) -> f64 {
     if x.abs() < f64::from(f32::MIN_POSITIVE) { 0.0f64.copysign(x) } else { x }
@@ -174,5 +187,11 @@ mod tests {
         assert!(
             near(Type::F32, 1.0, 0.0).holds(0x3F80_0000) && !near(Type::F32, 1.0, 0.0).holds(0x3F80_0001)
         );
+        // Units in the last place are as many at the end of a binade as at its beginning.
+        for middle in [0x3F80_0010, 0x3FFF_FFF0, 0x40] {
+            let two = within_ulps(Type::F32, value(Type::F32, middle), 2.0);
+            let held = (0..7).map(|at| two.holds(middle + at - 3));
+            assert!(held.eq([false, true, true, true, true, true, false]), "{middle:#x}");
+        }
     }
 }
