@@ -1,7 +1,8 @@
 //! Figures that were measured on GPUs, to stand beside their predictions: `benches/gpu.csv`.
 //!
-//! A line has the date, the GPU (as in [`super::gpus`]), its driver, the target of the kernel, the stated problem, and TFLOP/s. The
-//! first line names these fields; text behind `#` is a remark. A figure is added and never taken away.
+//! A line has the date, the GPU (as in [`super::gpus`]), its driver, the target of the kernel, the stated problem, TFLOP/s, and the
+//! range that was predicted on that day. The first line names these fields; text behind `#` is a remark. A figure is added, by
+//! `benches/gpu/record`, and never taken away.
 
 use serde::Serialize;
 
@@ -23,6 +24,8 @@ pub struct Figure {
     pub problem: String,
     /// 10^12 FLOPs of the result a second.
     pub tflops: f64,
+    /// The least and the most of them that were predicted when it was recorded.
+    pub predicted: [f64; 2],
 }
 
 /// A line that is no figure.
@@ -35,7 +38,7 @@ pub struct FigureError {
     pub found: String,
 }
 
-const FIELDS: &str = "date,gpu,driver,target,problem,tflops";
+const FIELDS: &str = "date,gpu,driver,target,problem,tflops,least,most";
 
 /// Reads figures.
 ///
@@ -51,14 +54,16 @@ pub fn parse(text: &str) -> Result<Vec<Figure>, FigureError> {
         }
         let error = || FigureError { line: number + 1, found: whole.to_string() };
         let fields: Vec<&str> = line.split(',').map(str::trim).collect();
-        let &[date, gpu, driver, target, problem, tflops] = &fields[..] else { return Err(error()) };
-        let tflops = tflops
-            .parse()
-            .ok()
-            .filter(|&tflops: &f64| tflops.is_finite() && tflops > 0.0)
-            .ok_or_else(error)?;
+        let &[date, gpu, driver, target, problem, ref numbers @ ..] = &fields[..] else {
+            return Err(error());
+        };
+        let numbers: Vec<f64> = numbers.iter().map_while(|number| number.parse().ok()).collect();
+        let &[tflops, least, most] = &numbers[..] else { return Err(error()) };
+        if !numbers.iter().all(|number| number.is_finite() && *number > 0.0) {
+            return Err(error());
+        }
         let [date, gpu, driver, target, problem] = [date, gpu, driver, target, problem].map(str::to_string);
-        figures.push(Figure { date, gpu, driver, target, problem, tflops });
+        figures.push(Figure { date, gpu, driver, target, problem, tflops, predicted: [least, most] });
     }
     Ok(figures)
 }
@@ -78,13 +83,17 @@ mod tests {
     #[test]
     fn lines_are_figures_or_errors() {
         let text = format!(
-            "{FIELDS}\n# none of ours\n2026-11-25,h100,580.95,cuda:sm_80,product 8192,612.5 # warm\n"
+            "{FIELDS}\n# none of ours\n2026-11-25,h100,580.95,cuda:sm_80,product 8192,612.5,830.0,975 # warm\n"
         );
         let [figure] = &parse(&text).unwrap()[..] else { panic!("{text}") };
         assert_eq!((&*figure.problem, figure.tflops), ("product 8192", 612.5));
-        for wrong in
-            ["2026-11-25,h100,580.95,cuda:sm_80,612.5", "2026-11-25,h100,580.95,cuda:sm_80,product 8192,fast"]
-        {
+        assert_eq!(figure.predicted, [830.0, 975.0]);
+        for wrong in [
+            "2026-11-25,h100,580.95,cuda:sm_80,612.5,830,975",
+            "2026-11-25,h100,580.95,cuda:sm_80,product 8192,612.5,830",
+            "2026-11-25,h100,580.95,cuda:sm_80,product 8192,612.5,830,975,1",
+            "2026-11-25,h100,580.95,cuda:sm_80,product 8192,fast,830,975",
+        ] {
             let error = parse(&format!("{FIELDS}\n{wrong}")).unwrap_err().to_string();
             assert_eq!(error, format!("line 2 of recorded figures: found `{wrong}`, expected {FIELDS}"));
         }

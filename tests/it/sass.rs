@@ -20,10 +20,11 @@ use llamac::predict::{self, Step};
 use llamac::profile::emulated::first_turns;
 use llamac::profile::gpus::{GPUS, Gpu};
 use llamac::profile::predicted::Problem;
+use llamac::profile::recorded::{RECORDED, parse as parse_figures};
 use llamac::profile::steady::Steady;
 use llamac::sass::flow::Flow;
 use llamac::sass::{Code, parse, rules};
-use serde_json::Value;
+use serde_json::{Value, json};
 use std::collections::BTreeSet;
 use std::path::Path;
 use std::process::Command;
@@ -37,6 +38,7 @@ pub fn trials() -> Vec<Trial> {
         test("profile counts the work of tiles", tiles),
         test("profile argues from sass", argues),
         test("profile argues enough of warpgroups", enough),
+        test("figures of a GPU become records", records),
     ]
 }
 
@@ -195,6 +197,49 @@ fn turns_are_right(
     let found = kernel.phases()[0].turns(&symbols);
     let expected = problem.turns.iter().map(Vec::len).max().unwrap_or(0);
     assert_eq!(found, expected as i64, "@{} for {}", kernel.name, architecture.cpu);
+    Ok(())
+}
+
+/// What `benches/gpu/run` leaves becomes figures that are read, with their predictions; nothing is recorded of an emulator.
+fn records(name: &str) -> Checked<()> {
+    if machine_code(name, EMPTY, "sm_80")?.is_none() {
+        return Ok(());
+    }
+    let place = Place::new();
+    let kernels = json!([{ "name": "a.3", "launches": 32, "seconds": 0.002, "flops": 1_100_000_000_000u64 }]);
+    let attention = json!({ "prefill": { "tokens": 16384, "kernels": kernels } });
+    let steps = [
+        json!({ "step": "clocks", "exit": 0, "result": { "gpu": "NVIDIA H100, 580.95.05, 1980 MHz" } }),
+        json!({ "step": "attention-128", "exit": 0, "result": attention }),
+        json!({ "step": "attention-64", "exit": 1, "result": null }),
+        json!({ "step": "gemm-8192", "skipped": "no time" }),
+    ];
+    let lines = |steps: &[Value]| steps.iter().map(|step| format!("{step}\n")).collect::<String>();
+    let device = "cuda:0 NVIDIA H100, compute capability 9.0, 79.1 GiB";
+    let recording = json!({ "device": device, "driver": "13.0", "date": "2026-11-25", "forms": {} });
+    place.write("conformance.json", recording.to_string());
+    place.write("results.jsonl", lines(&steps));
+    place.write("emulated.jsonl", lines(&steps[1..]));
+    place.write("gpu.csv", RECORDED);
+    place.write("gpu/recorded/README.md", "");
+    let record = |results: &str| {
+        let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("benches/gpu/record");
+        let mut command = Command::new(script);
+        command.arg(place.path(results)).env("RECORDS", place.path("."));
+        Said::of(command.env("LLAMAC", env!("CARGO_BIN_EXE_llamac")))
+    };
+    let said = record("emulated.jsonl");
+    assert!(said.exit == Some(1) && said.err.contains("it is of no GPU"), "{said:?}");
+    record("results.jsonl").ok();
+    let [.., figure] = &parse_figures(&String::from_utf8(place.read("gpu.csv"))?)?[..] else {
+        return Err("no figure".into());
+    };
+    assert_eq!((&*figure.gpu, &*figure.target, &*figure.driver), ("h100", "cuda:sm_90a", "580.95.05"));
+    assert_eq!((&*figure.problem, figure.tflops), ("attention 128", 550.0));
+    let [least, most] = figure.predicted;
+    assert!(300.0 < least && least < most && most < 989.0, "{figure:?}");
+    let kept = place.files().into_iter().filter(|file| file.starts_with("gpu/recorded/cuda-0-NVIDIA-H100"));
+    assert_eq!(kept.count(), 1);
     Ok(())
 }
 
