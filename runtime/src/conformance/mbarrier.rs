@@ -105,24 +105,22 @@ fn sequence(of: &Sequence) -> Form {
     ctas_of(THREADS, of.name, &body, [&[U32; 3], &gives], counts, over).with_shared(8 * THREADS as u32)
 }
 
-/// Waits by the state that an arrival gave, of a phase that runs and of one that is over.
+/// Waits by the state that an arrival gave, of a phase that runs and of one that is over; `try_wait` may give up.
 fn states() -> Form {
     let name = "mbarrier.test_wait.shared.b64";
-    let waits = [("test_wait", "%l0"), ("test_wait", "%l0"), ("try_wait", "%l0"), ("test_wait", "%l1")];
-    let wait = |at: usize| {
-        let (wait, state) = waits[at];
-        format!("mbarrier.{wait}.shared.b64 %p0, [%r1], {state};\nselp.b32 %d{at}, 1, 0, %p0;\n")
+    let test = |at: usize, state: &str| {
+        format!("mbarrier.test_wait.shared.b64 %p1, [%r1], {state};\nselp.b32 %d{at}, 1, 0, %p1;\n")
     };
     let body = format!(
         "{OWN}mbarrier.init.shared.b64 [%r1], %a2;\nmbarrier.arrive.shared.b64 %l0, [%r1], %a0;\n{}\
          mbarrier.arrive.shared.b64 %l1, [%r1], %a1;\n{}{}mbarrier.arrive.shared.b64 %l1, [%r1], %a0;\n{}",
-        wait(0),
-        wait(1),
-        wait(2),
-        wait(3)
+        test(0, "%l0"),
+        until("OVER", "try_wait.shared.b64 %p1, [%r1], %l0"),
+        test(1, "%l0"),
+        test(2, "%l1")
     );
-    let over = alone(|_| [0, 1, 1, 0].map(Bits).to_vec());
-    ctas_of(THREADS, name, &body, [&[U32; 3], &[B32; 4]], counts, over).with_shared(8 * THREADS as u32)
+    let over = alone(|_| [0, 1, 0].map(Bits).to_vec());
+    ctas_of(THREADS, name, &body, [&[U32; 3], &[B32; 3]], counts, over).with_shared(8 * THREADS as u32)
 }
 
 /// A label and a loop that waits.

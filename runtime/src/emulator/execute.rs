@@ -337,7 +337,7 @@ impl Warp {
                 if !matches!(op, MbarrierOp::Wait { .. }) {
                     *idle = 0;
                 }
-                return self.mbarrier(step, (op, *space, *address), active, reach);
+                return self.mbarrier(step, (op, *space, *address), active, reach, random);
             }
             Op::StoreMatrix { trans, address, a } => {
                 self.together(active)?;

@@ -4,12 +4,13 @@
 //! asynchronous operations by the mbarrier object". A phase is over when no arrival is missing and no byte. What arrived
 //! came before what waited for the phase. The object's own bytes in shared memory say nothing; here its state lies beside.
 //!
-//! `try_wait` gives up when it fails for the first time. Then it stops the warp until a phase of its CTA's mbarriers ends, so
-//! nobody spins, and a deadlock is one at once.
+//! `try_wait` gives up when it fails for the first time, and by seed where it need not: who does not try again is found out in
+//! both. Then it stops the warp until a phase of its CTA's mbarriers ends, so nobody spins, and a deadlock is one at once.
 
 use super::Fault;
 use super::access::{Access, Checked, Location, Reach, Spot, at_lane, lanes};
 use super::arithmetic::Lanes;
+use super::grid::Random;
 use super::program::Step;
 use super::race::{How, Message, Proxy, Stamp, merge};
 use super::warp::{Pause, Wait, Warp};
@@ -18,6 +19,8 @@ use std::collections::BTreeMap;
 
 /// The most arrivals of a phase, and bytes that may be missing (PTX ISA, "mbarrier", "Size and alignment").
 const MOST: u32 = (1 << 20) - 1;
+/// Of so many waits for a phase that is over, one gives up at first.
+const PATIENT_WAITS: usize = 8;
 
 #[derive(Debug)]
 struct Mbarrier {
@@ -157,6 +160,7 @@ impl Warp {
         (op, space, address): (&MbarrierOp, Space, Address),
         active: u32,
         reach: &mut Reach<'_>,
+        random: &mut Random,
     ) -> Checked<Option<Pause>> {
         let access = Access::new(space, self.addresses(address), active, 8)?;
         let writes = matches!(op, MbarrierOp::Init(_) | MbarrierOp::Inval);
@@ -182,7 +186,7 @@ impl Warp {
             }
         }
         if let MbarrierOp::Wait { d, phase, block } = op {
-            return self.wait_for_phase((*d, *phase, *block), places, active, reach);
+            return self.wait_for_phase((*d, *phase, *block), places, active, reach, random);
         }
         if let MbarrierOp::CopyArrive { .. } = op {
             self.finish_copies(active, None, reach)?;
@@ -245,7 +249,11 @@ impl Warp {
         places: BTreeMap<Location, u32>,
         active: u32,
         reach: &mut Reach<'_>,
+        random: &mut Random,
     ) -> Checked<Option<Pause>> {
+        // "Potentially blocking": it may return before the phase is over, after a time that depends on the system (PTX ISA,
+        // "mbarrier.test_wait, mbarrier.try_wait").
+        let impatient = block && !self.gave_up && random.below(PATIENT_WAITS) == 0;
         let mut over = 0;
         for (&place, &mask) in &places {
             let first = mask.trailing_zeros();
@@ -255,14 +263,16 @@ impl Warp {
                 true => u64::from(mbarrier.phase) > self.wide(phase)[lane as usize],
                 false => mbarrier.phase & 1 != self.narrow(phase)[lane as usize] & 1,
             };
-            let done = lanes(mask).filter(|&lane| is_over(lane)).fold(0, |mask, lane| mask | 1 << lane);
+            let done = lanes(mask)
+                .filter(|&lane| !impatient && is_over(lane))
+                .fold(0, |mask, lane| mask | 1 << lane);
             if done != 0 {
                 self.knowledge.learn(done, done == self.live, &mbarrier.released);
             }
             over |= done;
         }
         let first = places.keys().next().copied().unwrap_or_default();
-        // It may give up at any time, and does the first time: who does not try again is found out.
+        // The first time it gives up.
         if over == 0 && block && std::mem::replace(&mut self.gave_up, true) {
             return Ok(Some(Pause::Again(Wait::Mbarrier(first))));
         }
