@@ -12,7 +12,9 @@ pub fn successors(code: &[Instruction], at: usize) -> Vec<usize> {
     let mut next = match &code[at].op {
         Op::Branch { target } => vec![*target as usize],
         Op::BranchIndexed { targets, .. } => targets.iter().map(|&target| target as usize).collect(),
-        Op::Exit | Op::Trap => vec![end],
+        Op::Exit => vec![end],
+        // No lane goes on from a trap, to the end neither: it is nobody's way around a join.
+        Op::Trap => Vec::new(),
         _ => return vec![at + 1],
     };
     if guarded {
@@ -98,5 +100,14 @@ mod tests {
         assert_eq!(joins_of("@%p1 ret; mov.b32 %r1, 0; ret;"), [3, 2, 3]);
         assert_eq!(joins_of("L: mov.b32 %r1, 0; @%p1 bra L; ret;"), [1, 2, 3]);
         assert_eq!(joins_of("L: bra L;"), [1]);
+    }
+
+    #[test]
+    fn a_trap_is_no_way_to_the_end() {
+        // 0 branch; 1 mov; 2 bra 4; 3 trap; 4 join: mov; 5 ret.
+        let body = "@%p1 bra T; mov.b32 %r1, 0; bra J; T: @%p2 trap; J: mov.b32 %r2, 0; ret;";
+        assert_eq!(joins_of(body), [4, 2, 4, 4, 5, 6]);
+        // Without a guard, lanes that do not trap have one way.
+        assert_eq!(joins_of(&body.replace("@%p2 ", "")), [1, 2, 4, 6, 5, 6]);
     }
 }
