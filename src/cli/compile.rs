@@ -70,7 +70,7 @@ pub fn compile(options: &Options, screen: &Screen) -> Result<(), CliError> {
         cubin: true,
         keep: options.keep.as_deref(),
     };
-    let seconds = to_file(&request, &options.output, screen)?;
+    let Done { seconds, notes } = to_file(&request, &options.output, screen)?;
     let bytes = fs::metadata(&options.output)
         .map_err(|source| CliError::Read { file: options.output.clone(), source })?
         .len();
@@ -84,7 +84,7 @@ pub fn compile(options: &Options, screen: &Screen) -> Result<(), CliError> {
         table.insert("total".into(), json!(seconds.total));
         let artifact = options.output.display().to_string();
         return print_json(&json!({
-            "artifact": artifact, "bytes": bytes, "seconds": table, "peak_rss_bytes": peak,
+            "artifact": artifact, "bytes": bytes, "seconds": table, "peak_rss_bytes": peak, "notes": notes,
         }));
     }
     let passes: f64 = seconds.passes.iter().map(|(_, s)| s).sum();
@@ -121,8 +121,16 @@ pub struct Request<'a> {
     pub keep: Option<&'a Path>,
 }
 
+/// What is told of a compilation that is done.
+pub struct Done {
+    /// How long its parts took.
+    pub seconds: Seconds,
+    /// What the user should know, as registers that were spilled; on stderr too, unless an object is all that is said.
+    pub notes: Vec<String>,
+}
+
 /// Compiles to a file, with a progress bar; Ctrl-C leaves no file.
-pub fn to_file(request: &Request<'_>, file: &Path, screen: &Screen) -> Result<Seconds, CliError> {
+pub fn to_file(request: &Request<'_>, file: &Path, screen: &Screen) -> Result<Done, CliError> {
     let Request { argument, model, build, targets, weights, taps, cubin, keep } = request;
     let config = model.config()?;
     let source = match (model, build.random_weights) {
@@ -159,9 +167,13 @@ pub fn to_file(request: &Request<'_>, file: &Path, screen: &Screen) -> Result<Se
     if screen.json {
         bar.set_draw_target(indicatif::ProgressDrawTarget::hidden());
     }
+    let mut notes = Vec::new();
     let mut progress = |progress: Progress<'_>| {
         match progress {
-            Progress::Note(text) => bar.suspend(|| screen.note(text)),
+            Progress::Note(text) => {
+                bar.suspend(|| screen.note(text));
+                notes.push(text.to_string());
+            }
             Progress::Code(target) => bar.set_message(format!("code for {target}")),
             Progress::Weights(done, all) => {
                 if bar.length().is_none() {
@@ -176,7 +188,7 @@ pub fn to_file(request: &Request<'_>, file: &Path, screen: &Screen) -> Result<Se
     };
     let done = interrupt::guarded(|| compile::compile(&options, file, &mut progress));
     bar.finish_and_clear();
-    Ok(done?)
+    Ok(Done { seconds: done?, notes })
 }
 
 fn bar_style() -> ProgressStyle {

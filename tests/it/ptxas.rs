@@ -327,5 +327,11 @@ fn spills(name: &str) -> Checked<()> {
             && line.contains(" bytes stored and ")
     };
     assert!(said.err.lines().any(warning), "{}", said.err);
+    // An object is all that is said then: it has the warnings.
+    let said =
+        with_tools(&place, &few, "compile builtin -o a.llamac --ctx 64 --target cuda:sm_80 --json").ok();
+    let notes = said.json()["notes"].clone();
+    let notes = notes.as_array().ok_or("no notes")?.iter().filter_map(|note| note.as_str());
+    assert!(notes.into_iter().any(warning), "{}", said.out);
     Ok(())
 }
