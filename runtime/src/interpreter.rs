@@ -80,8 +80,8 @@ impl InterpretedProgram {
         Ok(InterpretedProgram { file, plan, context, graphs, weights, decoded: HashMap::new(), rounding })
     }
 
-    /// The weights alone, of a plan and in its order, to be asked for by [`InterpretedProgram::weight`]: a device may have made
-    /// them. There is no graph to run.
+    /// The weights alone, of any target's plan and in its order, to be asked for by [`InterpretedProgram::weight`]: a device may
+    /// have made them. There is no graph to run, which are those of the first target ([`GRAPH`]).
     pub fn of_weights(artifact: &Artifact, plan: Plan, weights: Vec<u8>) -> InterpretedProgram {
         let (all, context) = (0..weights.len(), plan.context);
         InterpretedProgram {

@@ -80,7 +80,10 @@ impl TargetCode {
     }
 }
 
-/// Section of the graph's text: what the artifact computes, before any pass.
+/// Section of the graphs' text: what the artifact computes, before any pass.
+///
+/// It has an entry point for each of the first target's plan, which is the one that the interpreter runs. Those of other targets
+/// are the same graph for other ranges of tokens, so they would say nothing more.
 pub const GRAPH: &str = "graph";
 /// Section of the tokenizer.
 pub const TOKENIZER: &str = "tokenizer";
