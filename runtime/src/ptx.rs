@@ -484,7 +484,8 @@ $L__BB0_2:
         fn damage_is_refused_or_read(at in any::<prop::sample::Index>(), cut in 0..9usize, with in "[ -~\n]{0,9}") {
             let at = at.index(KERNEL.len());
             let end = (at + cut).min(KERNEL.len());
-            let _ = Module::parse(&format!("{}{with}{}", &KERNEL[..at], &KERNEL[end..]));
+            let damaged = format!("{}{with}{}", &KERNEL[..at], &KERNEL[end..]);
+            let _ = (Module::parse(&damaged), opcodes(&damaged));
         }
     }
 }
