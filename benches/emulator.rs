@@ -51,7 +51,13 @@ fn loops(c: &mut Criterion) {
     let mut memory = Memory::new();
     let address = memory.allocate("data", 4096);
     memory.write(address, &[1; 4096]);
-    let grid = Grid { ctas: [1; 3], threads: [32 * WARPS, 1, 1], cluster: 1, dynamic_shared: 4096 };
+    let grid = Grid {
+        ctas: [1; 3],
+        threads: [32 * WARPS, 1, 1],
+        cluster: 1,
+        dynamic_shared: 4096,
+        dependent: false,
+    };
     let options = Options { sm: Sm::Sm80, seed: 1, sums: Sums::Truncated };
     let mut group = c.benchmark_group("emulator");
     for (name, body, instructions) in LOOPS {

@@ -280,6 +280,7 @@ fn emulate(form: &Form, options: &Options, operands: &[u8], bytes: usize) -> Res
         threads: [form.threads as u32, 1, 1],
         cluster: form.cluster as u32,
         dynamic_shared: form.shared_bytes,
+        dependent: false,
     };
     let map = form.map(from, to).map(|map| map.encode().expect("a map that a driver makes"));
     let params = with_maps(&params(from, to), map);
@@ -305,6 +306,7 @@ fn on_gpu(
         shared_bytes: form.shared_bytes,
         params: params(from.address(), to.address()),
         maps: form.map(from.address(), to.address()).into_iter().collect(),
+        dependent: false,
     })?;
     context.wait()?;
     let mut memory = vec![0; bytes];

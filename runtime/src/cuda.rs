@@ -10,6 +10,9 @@
 //! when a state first runs it, and replayed from then on: tokens and positions lie in buffers that are written before. The
 //! last node writes the chosen token and the position behind for the next step: who goes on with that token sends nothing, and
 //! four bytes come back.
+//!
+//! Grids that wait for those before them ([`gpu::Call::dependent`]) are launched so that they may begin early, alone and in
+//! graphs; a driver before CUDA 12.3 cannot record that, and with it each begins when the one before has ended.
 
 pub mod context;
 pub mod driver;
@@ -280,6 +283,7 @@ impl CudaProgram {
             shared_bytes: 0,
             params: params.iter().flat_map(|address| address.to_le_bytes()).collect(),
             maps: Vec::new(),
+            dependent: false,
         })
     }
 

@@ -130,6 +130,9 @@ pub struct Grid {
     pub cluster: u32,
     /// Bytes of dynamic shared memory.
     pub dynamic_shared: u32,
+    /// May it begin before the grids before it have ended? Then all its threads have to wait for them
+    /// (`griddepcontrol.wait`), and until then may touch nothing that those write, nor write what they read.
+    pub dependent: bool,
 }
 
 /// Runs a kernel to its end. Who launches it often makes a [`Program`] of it once.
@@ -245,6 +248,27 @@ pub enum Fault {
         /// The one that was there before.
         other: Box<Party>,
     },
+    /// An access to a byte that an earlier grid may touch at that time, one of the two a write.
+    #[error(
+        "race: it {} byte {at} of {of} before `griddepcontrol.wait`, and an earlier grid {} it",
+        verb(*.wrote),
+        verb(*.earlier_wrote)
+    )]
+    EarlierGrid {
+        /// Which byte.
+        at: u64,
+        /// Of what.
+        of: String,
+        /// Does the access write?
+        wrote: bool,
+        /// Does the earlier grid?
+        earlier_wrote: bool,
+    },
+    /// A lane of a grid that may begin early ends without having waited: who waits for it would not wait for those before.
+    #[error(
+        "it ends without `griddepcontrol.wait`: a grid that waits for this one would not wait for those before it"
+    )]
+    NoWaitForGrids,
     /// An asynchronous operation meets a byte that a generic instruction wrote, and no fence of the proxies lies between.
     #[error("no proxy fence of the writer: it {} byte {at} of {of}, which {other}", verb(*.wrote))]
     Unfenced {

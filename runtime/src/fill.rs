@@ -70,6 +70,7 @@ pub fn fills(plan: &Plan, seed: u64, address: u64, most_ctas: u32) -> Vec<Fill> 
             shared_bytes: 0,
             params,
             maps: Vec::new(),
+            dependent: false,
         }));
     }
     fills
@@ -101,7 +102,13 @@ mod tests {
         let mut params = Vec::new();
         [to, elems, seed].iter().for_each(|x| params.extend(x.to_le_bytes()));
         [1.0f32, (0.5 / DEVIATION) as f32].iter().for_each(|x| params.extend(x.to_le_bytes()));
-        let grid = Grid { ctas: [3, 1, 1], threads: [THREADS, 1, 1], cluster: 1, dynamic_shared: 0 };
+        let grid = Grid {
+            ctas: [3, 1, 1],
+            threads: [THREADS, 1, 1],
+            cluster: 1,
+            dynamic_shared: 0,
+            dependent: false,
+        };
         let options = Options { sm: Sm::Sm80, seed: 0, sums: Sums::default() };
         launch(module.kernel(SYMBOLS[0]).unwrap(), &grid, &params, &mut memory, &options).unwrap();
         let (words, _) = memory.read(to, 4 * elems as usize).as_chunks();

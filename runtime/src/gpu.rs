@@ -3,6 +3,10 @@
 //! A kernel's parameters are the addresses of its buffers, then the symbols as 32-bit integers, each in the order of its text.
 //! Its workers are CTAs; any number of them computes the whole. A kernel with barriers is a grid for each of its phases
 //! ([`Kernel::phases`]), with the same parameters: in the order of one stream a grid begins when the one before has ended.
+//!
+//! Code for sm_90a says itself when it needs the grids before it (*programmatic dependent launch*): such a grid may begin when
+//! all CTAs of the one before have begun, fetches instructions, tensor maps and weights, and then waits until that one has
+//! ended. As each waits, the one before has waited in its turn, so all before it are over.
 
 use crate::artifact::Artifact;
 use crate::cpu::read_plan;
@@ -13,6 +17,7 @@ use ir::dim::MAX_SYMBOLS;
 use ir::dtype::DType;
 use ir::kernel::{self, Buffer, Kernel, reads};
 use ir::plan::Plan;
+use std::collections::HashSet;
 use std::ops::Range;
 use std::path::Path;
 
@@ -122,6 +127,8 @@ pub struct Call {
     pub params: Vec<u8>,
     /// The tensor maps behind them: see [`with_maps`].
     pub maps: Vec<TensorMap>,
+    /// May the grid begin before the one before has ended? It waits for that itself, where it needs to.
+    pub dependent: bool,
 }
 
 /// A phase of a kernel: one entry of the module.
@@ -135,6 +142,8 @@ pub struct Phase {
     pub shared_bytes: u32,
     /// The symbols that it reads.
     reads: [bool; MAX_SYMBOLS],
+    /// Does its code wait for the grids before it (PTX `griddepcontrol.wait`)?
+    waits: bool,
 }
 
 /// Code for GPUs, taken from an artifact and checked.
@@ -189,11 +198,15 @@ impl GpuCode {
 
     pub(crate) fn new(plan: Plan, kernels: Vec<Kernel>, ptx: String) -> GpuCode {
         let (mut phases, mut of_kernel) = (Vec::new(), Vec::new());
+        let entries = ptx.split(".entry ").skip(1).filter(|entry| entry.contains("griddepcontrol.wait"));
+        let waiting: HashSet<&str> =
+            entries.filter_map(|entry| Some(entry.split_once('(')?.0.trim())).collect();
         for (number, kernel) in kernels.iter().enumerate() {
             let first = phases.len();
             phases.extend(kernel.phases().into_iter().map(|code| {
                 let (shared_bytes, reads) = (code.shared_bytes() as u32, reads::symbols(&code));
-                Phase { kernel: number, code, shared_bytes, reads }
+                let waits = waiting.contains(symbol(&code.name).as_str());
+                Phase { kernel: number, code, shared_bytes, reads, waits }
             }));
             of_kernel.push(first..phases.len());
         }
@@ -203,7 +216,8 @@ impl GpuCode {
     /// What an entry point launches, in order, on buffers at these addresses, with at most so many CTAs each: of each launch
     /// the phases of its kernel.
     ///
-    /// A symbol that a phase does not read is passed as 0, so that a launch depends on no more than it must.
+    /// A symbol that a phase does not read is passed as 0, so that a launch depends on no more than it must. All grids but the
+    /// first that wait for those before them may begin early.
     pub fn calls(
         &self,
         entry: usize,
@@ -212,7 +226,7 @@ impl GpuCode {
         most_ctas: u32,
     ) -> Vec<Vec<Call>> {
         let call = |launch: &ir::plan::Launch, number: usize| {
-            let Phase { code, shared_bytes, reads, .. } = &self.phases[number];
+            let Phase { code, shared_bytes, reads, waits, .. } = &self.phases[number];
             let bound: Vec<u64> = launch.args.iter().map(|&arg| addresses[arg]).collect();
             let mut params: Vec<u8> = bound.iter().flat_map(|address| address.to_le_bytes()).collect();
             for (symbol, _) in code.symbols.0.iter().enumerate() {
@@ -226,12 +240,18 @@ impl GpuCode {
                 shared_bytes: *shared_bytes,
                 params,
                 maps: tensor_maps(code, &bound, symbols),
+                dependent: *waits,
             }
         };
         let calls = |launch: &ir::plan::Launch| {
             self.of_kernel[launch.kernel].clone().map(|number| call(launch, number)).collect()
         };
-        self.plan.entries[entry].launches.iter().map(calls).collect()
+        let mut calls: Vec<Vec<Call>> = self.plan.entries[entry].launches.iter().map(calls).collect();
+        // What the host writes, and the step before, are over when the first begins.
+        if let Some(first) = calls.first_mut().and_then(|calls| calls.first_mut()) {
+            first.dependent = false;
+        }
+        calls
     }
 
     /// Does an entry point launch the same for all tokens and positions? Then it can be recorded once and replayed.

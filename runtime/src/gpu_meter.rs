@@ -75,7 +75,8 @@ pub fn ceilings(machine: &Machine) -> Result<[f64; 2], DeviceError> {
 fn call(phase: usize, size: Size, from: u64, to: u64) -> Call {
     let count = [size.bytes as u64 / 16, size.rounds][phase];
     let params = [from, to, count].iter().flat_map(|x| x.to_le_bytes()).collect();
-    Call { phase, ctas: size.ctas, threads: THREADS, shared_bytes: 0, params, maps: Vec::new() }
+    let maps = Vec::new();
+    Call { phase, ctas: size.ctas, threads: THREADS, shared_bytes: 0, params, maps, dependent: false }
 }
 
 fn on_gpu(context: &Arc<Context>, size: Size) -> Result<[f64; 2], DeviceError> {
@@ -113,7 +114,7 @@ fn emulated(options: &Options, size: Size) -> Result<[f64; 2], DeviceError> {
         let kernel = module.kernel(SYMBOLS[phase]).expect("the module has both");
         let call = call(phase, size, from, to);
         let (ctas, threads) = ([call.ctas, 1, 1], [THREADS, 1, 1]);
-        let grid = Grid { ctas, threads, cluster: 1, dynamic_shared: 0 };
+        let grid = Grid { ctas, threads, cluster: 1, dynamic_shared: 0, dependent: false };
         let begin = Instant::now();
         emulator::launch(kernel, &grid, &call.params, &mut memory, options)
             .map_err(|report| failed(report.to_string()))?;
@@ -137,7 +138,13 @@ mod tests {
         let (from, to) = (memory.allocate("from", size.bytes), memory.allocate("to", 4 * 512));
         memory.write(from, &vec![1; size.bytes]);
         let [read, multiply] = [0, 1].map(|phase| {
-            let grid = Grid { ctas: [2, 1, 1], threads: [THREADS, 1, 1], cluster: 1, dynamic_shared: 0 };
+            let grid = Grid {
+                ctas: [2, 1, 1],
+                threads: [THREADS, 1, 1],
+                cluster: 1,
+                dynamic_shared: 0,
+                dependent: false,
+            };
             let params = call(phase, size, from, to).params;
             emulator::launch(module.kernel(SYMBOLS[phase]).unwrap(), &grid, &params, &mut memory, &options)
                 .unwrap()

@@ -1,6 +1,7 @@
 //! The PTX emulator as a device: an artifact's GPU code, run warp by warp on the CPU, with every access checked.
 //!
-//! Each grid runs to its end before the next begins. The arena is unwritten when a step begins, and what a kernel shall write
+//! Each grid runs to its end before the next begins; what a grid that may begin early must not touch until it has waited is
+//! reported all the same. The arena is unwritten when a step begins, and what a kernel shall write
 //! when it begins: reading what nobody wrote is reported, as a race or a missing wait is. A report fails the step.
 
 use crate::artifact::Artifact;
@@ -94,7 +95,7 @@ pub(crate) fn run(
 /// A launch's grid.
 fn grid(call: &Call, cluster: u32) -> Grid {
     let (ctas, threads) = ([call.ctas, 1, 1], [call.threads, 1, 1]);
-    Grid { ctas, threads, cluster, dynamic_shared: call.shared_bytes }
+    Grid { ctas, threads, cluster, dynamic_shared: call.shared_bytes, dependent: call.dependent }
 }
 
 impl Device for PtxEmulator {

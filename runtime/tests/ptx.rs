@@ -4,6 +4,8 @@
 //!
 //! ```text
 //! // launch: ctas=2 threads=64 shared=1024 sm=sm_80 cluster=1
+//! // launch: dependent=1            ... as a grid that may begin before those before it have ended
+//! // earlier: reads out             such a grid reads the buffer, or writes it
 //! // param: out u32[64]             a buffer, nothing of it written
 //! // param: in u32[64] = index      a buffer with 0, 1, 2, ...; or with the values that are listed, over and over
 //! // param: in u32[64] = 0..5 7*3    0, 1, 2, 3, 4 and three times 7
@@ -82,6 +84,9 @@ struct Case {
     threads: u32,
     shared: u32,
     cluster: u32,
+    dependent: bool,
+    /// Buffers that earlier grids touch, and whether they write them.
+    earlier: Vec<(String, bool)>,
     sm: String,
     params: Vec<Param>,
     expect: Vec<(String, Vec<String>)>,
@@ -121,6 +126,7 @@ fn case(text: &str) -> Case {
                     "threads" => case.threads = number(),
                     "shared" => case.shared = number(),
                     "cluster" => case.cluster = number(),
+                    "dependent" => case.dependent = number() != 0,
                     "sm" => case.sm = value.into(),
                     _ => panic!("unknown: {word}"),
                 }
@@ -137,6 +143,10 @@ fn case(text: &str) -> Case {
                     None if ty == "map" => map(held),
                     None => Param::Number { ty, value: held.into() },
                 });
+            }
+            "earlier" => {
+                let (verb, name) = rest.split_once(' ').expect("reads or writes a buffer");
+                case.earlier.push((name.into(), verb == "writes"));
             }
             "expect" => {
                 let (name, held) = rest.split_once(" = ").expect("name = values");
@@ -222,7 +232,12 @@ fn run(case: &Case, text: &str, seed: u64) -> Result<Vec<(String, String, Vec<u8
         threads: [case.threads, 1, 1],
         cluster: case.cluster,
         dynamic_shared: case.shared,
+        dependent: case.dependent,
     };
+    for (name, wrote) in &case.earlier {
+        let (.., address, len) = buffers.iter().find(|(of, ..)| of == name).expect("a buffer");
+        memory.touched_by_earlier(*address, *len, *wrote);
+    }
     // Kernels hold under both ways to add.
     let sums = if seed.is_multiple_of(2) { Sums::Truncated } else { Sums::Exact };
     let options = Options { sm: case.sm.parse().expect("a machine"), seed, sums };

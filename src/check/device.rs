@@ -283,6 +283,7 @@ impl Emulated {
                     threads: [phase.threads.into(), 1, 1],
                     cluster: program.cluster(),
                     dynamic_shared: phase.shared_bytes() as u32,
+                    dependent: false,
                 };
                 let maps = gpu::tensor_maps(phase, &addresses, &symbols);
                 let maps = maps.iter().map(|map| map.encode().map_err(LaunchError::Map));

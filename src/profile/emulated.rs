@@ -74,6 +74,7 @@ pub fn first_turns(
             threads: [phase.threads.into(), 1, 1],
             cluster: program.cluster(),
             dynamic_shared: phase.shared_bytes() as u32,
+            dependent: false,
         };
         let maps = gpu::tensor_maps(&phase, &addresses, &symbols);
         let maps = maps.iter().map(TensorMap::encode).collect::<Result<Vec<_>, _>>()?;

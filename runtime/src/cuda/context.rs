@@ -12,7 +12,7 @@
 //!    told. Kernels keep to the memory of their parameters: an artifact is code, and loading one is trusting it.
 //! 4. After a sticky error nothing is asked any more but to let go.
 
-use super::driver::{Driver, Failure, Functions, Gpu, is_out_of_memory, is_sticky, until_nul};
+use super::driver::{Driver, Failure, Functions, Gpu, Version, is_out_of_memory, is_sticky, until_nul};
 use crate::device::DeviceError;
 use crate::gpu::{Call, with_maps};
 use crate::tensor_map::{Element, Fill, Swizzle, TENSOR_MAP_BYTES, TensorMap};
@@ -386,7 +386,7 @@ impl Module {
     ///
     /// [`DeviceError::Launch`]; of an earlier launch's fault too, if it is seen only now.
     pub fn launch(&self, call: &Call) -> Result<(), DeviceError> {
-        let Call { phase, ctas, threads, shared_bytes, params, maps } = call;
+        let Call { phase, ctas, threads, shared_bytes, params, maps, dependent } = call;
         let Loaded { name, function } = &self.phases[*phase];
         let failed =
             |failure: Failure| DeviceError::Launch { kernel: name.clone(), said: failure.to_string() };
@@ -394,7 +394,7 @@ impl Module {
             maps.iter().map(|map| self.context.encode(map).map_err(failed)).collect::<Result<Vec<_>, _>>();
         let params = with_maps(params, maps?);
         let mut bytes = params.len();
-        // The keys are small numbers in the place of pointers (CUDA Driver API, "cuLaunchKernel").
+        // The keys are small numbers in the place of pointers (CUDA Driver API, "cuLaunchKernelEx").
         let key = |number: u32| ptr::without_provenance_mut::<c_void>(number as usize);
         let mut extra = [
             key(sys::CU_LAUNCH_PARAM_BUFFER_POINTER_AS_INT),
@@ -403,11 +403,27 @@ impl Module {
             (&raw mut bytes).cast(),
             key(sys::CU_LAUNCH_PARAM_END_AS_INT),
         ];
+        let early = *dependent && self.context.driver.version >= Version::DEPENDENT_LAUNCHES;
+        let mut begins_early = sys::CUlaunchAttribute {
+            id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+            pad: [0; 4],
+            value: sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
+        };
+        let config = sys::CUlaunchConfig {
+            gridDimX: *ctas,
+            gridDimY: 1,
+            gridDimZ: 1,
+            blockDimX: *threads,
+            blockDimY: 1,
+            blockDimZ: 1,
+            sharedMemBytes: *shared_bytes,
+            hStream: self.context.stream,
+            attrs: &mut begins_early,
+            numAttrs: early.into(),
+        };
         // SAFETY: invariants 1 to 3: the driver copies the parameters before it returns and writes nothing.
-        let asked = self.context.ask("cuLaunchKernel", |driver| unsafe {
-            let (stream, extra) = (self.context.stream, extra.as_mut_ptr());
-            let (function, none) = (*function, ptr::null_mut());
-            (driver.cuLaunchKernel)(function, *ctas, 1, 1, *threads, 1, 1, *shared_bytes, stream, none, extra)
+        let asked = self.context.ask("cuLaunchKernelEx", |driver| unsafe {
+            (driver.cuLaunchKernelEx)(&config, *function, ptr::null_mut(), extra.as_mut_ptr())
         });
         asked.map_err(failed)
     }

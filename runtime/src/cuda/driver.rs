@@ -82,8 +82,7 @@ functions! {
     cuModuleUnload(sys::CUmodule);
     cuModuleGetFunction(*mut sys::CUfunction, sys::CUmodule, *const c_char);
     cuFuncSetAttribute(sys::CUfunction, sys::CUfunction_attribute, c_int);
-    cuLaunchKernel(sys::CUfunction, c_uint, c_uint, c_uint, c_uint, c_uint, c_uint, c_uint, sys::CUstream,
-                   *mut *mut c_void, *mut *mut c_void);
+    cuLaunchKernelEx(*const sys::CUlaunchConfig, sys::CUfunction, *mut *mut c_void, *mut *mut c_void);
     cuTensorMapEncodeTiled(*mut sys::CUtensorMap, u32 = sys::CUtensorMapDataType, c_uint, *mut c_void, *const u64,
                            *const u64, *const c_uint, *const c_uint, u32 = sys::CUtensorMapInterleave,
                            u32 = sys::CUtensorMapSwizzle, u32 = sys::CUtensorMapL2promotion,
@@ -101,6 +100,8 @@ pub struct Version(pub i32);
 impl Version {
     /// The oldest that is enough: NVIDIA's driver 525.
     pub const NEEDED: Version = Version(12_000);
+    /// The oldest that records, in a graph, that a grid may begin before the one before has ended: NVIDIA's driver 545.
+    pub const DEPENDENT_LAUNCHES: Version = Version(12_030);
 }
 
 impl fmt::Display for Version {

@@ -19,10 +19,12 @@ use sys::CUresult as Code;
 /// Shared memory without asking.
 const DEFAULT_SHARED: u32 = 48 << 10;
 
-#[derive(Clone)]
-struct Launch {
+/// A grid as the driver was asked for it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Launch {
     function: usize,
-    grid: Grid,
+    /// Its shape, and whether it may begin early.
+    pub grid: Grid,
     params: Vec<u8>,
 }
 
@@ -48,7 +50,8 @@ pub struct Fake {
     modules: Vec<ptx::Module>,
     functions: Vec<Function>,
     recorded: Option<Vec<Launch>>,
-    graphs: Vec<Vec<Launch>>,
+    /// What was recorded.
+    pub graphs: Vec<Vec<Launch>>,
     clock: f32,
     events: Vec<f32>,
     sticky: u32,
@@ -82,7 +85,12 @@ pub fn driver() -> Result<Driver, NoDriver> {
 
 /// The driver of this thread's GPU as it is.
 pub fn restart() -> Result<Driver, NoDriver> {
-    Driver::start(Version(12_040), FUNCTIONS)
+    restart_as(Version(12_040))
+}
+
+/// The same, of that version.
+pub fn restart_as(version: Version) -> Result<Driver, NoDriver> {
+    Driver::start(version, FUNCTIONS)
 }
 
 /// This thread's GPU.
@@ -129,7 +137,8 @@ impl Fake {
             return Ok(());
         }
         self.clock += 1.0;
-        let options = Options { sm: Sm::Sm80, seed: 7, sums: Sums::default() };
+        let sm = if self.capability.0 == 9 { Sm::Sm90a } else { Sm::Sm80 };
+        let options = Options { sm, seed: 7, sums: Sums::default() };
         let program = &self.functions[launch.function].program;
         if program.launch(&launch.grid, &launch.params, &mut self.memory, &options).is_err() {
             // Seen by whoever waits, and from then on by everybody.
@@ -408,21 +417,25 @@ unsafe extern "C" fn function_attribute(
 }
 
 unsafe extern "C" fn launch(
+    config: *const sys::CUlaunchConfig,
     function: sys::CUfunction,
-    x: c_uint,
-    y: c_uint,
-    z: c_uint,
-    thread_x: c_uint,
-    thread_y: c_uint,
-    thread_z: c_uint,
-    dynamic_shared: c_uint,
-    _: sys::CUstream,
     _: *mut *mut c_void,
     extra: *mut *mut c_void,
 ) -> u32 {
-    call("cuLaunchKernel", |fake| {
+    call("cuLaunchKernelEx", |fake| {
+        // SAFETY: the invariant, of the configuration and its list of attributes.
+        let (config, attributes) = unsafe {
+            let config = *config;
+            (config, std::slice::from_raw_parts(config.attrs, config.numAttrs as usize))
+        };
+        let dependent = attributes.iter().any(|attribute| {
+            let id = sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
+            assert_eq!(attribute.id, id);
+            // SAFETY: the attribute's number says which of the union it is.
+            unsafe { attribute.value.programmaticStreamSerializationAllowed == 1 }
+        });
         // SAFETY: the invariant: five pointers, of which the second is to the parameters, the fourth to how many bytes they
-        // are (CUDA Driver API, "cuLaunchKernel").
+        // are (CUDA Driver API, "cuLaunchKernelEx").
         let params = unsafe {
             let extra = std::slice::from_raw_parts(extra, 5);
             let keys = [extra[0], extra[2], extra[4]].map(|key| key.addr());
@@ -430,12 +443,14 @@ unsafe extern "C" fn launch(
             std::slice::from_raw_parts(extra[1].cast::<u8>(), *extra[3].cast::<usize>())
         };
         let function = number(function);
+        let dynamic_shared = config.sharedMemBytes;
         if dynamic_shared > fake.functions[function].most_shared {
             return Err(Code::CUDA_ERROR_INVALID_VALUE);
         }
-        let (ctas, threads) = ([x, y, z], [thread_x, thread_y, thread_z]);
+        let ctas = [config.gridDimX, config.gridDimY, config.gridDimZ];
+        let threads = [config.blockDimX, config.blockDimY, config.blockDimZ];
         let cluster = fake.functions[function].program.cluster();
-        let grid = Grid { ctas, threads, cluster, dynamic_shared };
+        let grid = Grid { ctas, threads, cluster, dynamic_shared, dependent };
         fake.launch(Launch { function, grid, params: params.to_vec() })
     })
 }
@@ -549,7 +564,7 @@ const FUNCTIONS: Functions = Functions {
     cuModuleUnload: module_unload,
     cuModuleGetFunction: module_function,
     cuFuncSetAttribute: function_attribute,
-    cuLaunchKernel: launch,
+    cuLaunchKernelEx: launch,
     cuTensorMapEncodeTiled: tensor_map,
     cuEventCreate: event_create,
     cuEventDestroy_v2: event_destroy,

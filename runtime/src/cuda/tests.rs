@@ -107,7 +107,7 @@ fn prompts_and_steps_give_what_the_model_says() {
     // One graph a state, whatever the position; prompts launch their kernels one by one.
     assert_eq!((count("cuGraphInstantiateWithFlags"), count("cuGraphLaunch")), (2, 7));
     // A recorded step ends with one that goes on to the next.
-    assert_eq!(count("cuLaunchKernel"), 2 * 2 + 2 * (2 + 1));
+    assert_eq!(count("cuLaunchKernelEx"), 2 * 2 + 2 * (2 + 1));
     drop((program, state, other));
     assert_eq!(with(|fake| fake.live), 0, "something was not given back");
 }
@@ -165,6 +165,37 @@ fn a_step_launches_the_same_at_every_position() {
     let other = code(&KERNELS.replace("load %positions[T - 1]", "load %positions[T - 1 + P - P]"));
     assert_ne!(calls(&other, 0, 1, 0), calls(&other, 0, 1, 1000));
     assert!(!other.is_constant(0));
+}
+
+#[test]
+fn grids_that_wait_for_those_before_may_begin_early() {
+    let begin = "\t.reg .b64 %rd<12>;\n";
+    let ptx = PTX.replace(begin, &format!("{begin}\tgriddepcontrol.wait;\n"));
+    let code = |ptx: &str| {
+        let kernels = ir::kernel::parse::parse(KERNELS).unwrap();
+        GpuCode::new(plan::parse::parse(PLAN).unwrap(), kernels, ptx.to_string())
+    };
+    let calls = |ptx: &str, p| code(ptx).calls(0, &[0; 8], &[1, p, 0, 0], 16).concat();
+    let early = |ptx: &str| calls(ptx, 0).iter().map(|call| call.dependent).collect::<Vec<_>>();
+    assert_eq!(calls(&ptx, 0), calls(&ptx, 1000));
+    // What comes before the first is over; who does not wait must not begin early.
+    assert_eq!((early(&ptx), early(PTX)), (vec![false, true], vec![false, false]));
+
+    let folder = tempfile::tempdir().unwrap();
+    let artifact = artifact(folder.path(), &[("code.cuda:sm_80", &ptx)]);
+    fake::driver().unwrap();
+    // Below CUDA 12.3 a graph cannot say that a grid may begin early. The last node does not wait.
+    for (version, early) in [(12_020, false), (12_030, true)] {
+        let driver = fake::restart_as(Version(version)).unwrap();
+        let mut program = Cuda::of(driver, 0).unwrap().open(&artifact).unwrap();
+        let mut state = program.state().unwrap();
+        for tokens in [&[3, 1][..], &[2], &[9]] {
+            let outputs = program.run(&Step { tokens, want: Want::Logits }, &mut state).unwrap();
+            assert_eq!(outputs.logits.len(), 16);
+        }
+        let graph = with(|fake| fake.graphs.pop().unwrap());
+        assert_eq!(graph.iter().map(|node| node.grid.dependent).collect::<Vec<_>>(), [false, early, false]);
+    }
 }
 
 #[test]
@@ -226,7 +257,7 @@ DONE:
         let outputs = program.run(&step, &mut state).unwrap();
         assert_eq!(outputs.token, Some(expected));
     }
-    assert_eq!(count("cuLaunchKernel"), 3 + 1, "recorded once");
+    assert_eq!(count("cuLaunchKernelEx"), 3 + 1, "recorded once");
     let outputs = program.run_tapped(&step, &mut state, &mut |tap| spans.push(tap.span())).unwrap();
     assert_eq!(outputs.token, Some(4));
     assert_eq!(spans, [0.0..1e-3, 1e-3..3e-3]);
@@ -322,9 +353,9 @@ fn a_recording_that_fails_leaves_a_stream_that_works() {
     let mut program = program(&[]).unwrap();
     let mut state = program.state().unwrap();
     let step = Step { tokens: &[1], want: Want::Logits };
-    with(|fake| fake.fault = Some(("cuLaunchKernel", 1, 701)));
+    with(|fake| fake.fault = Some(("cuLaunchKernelEx", 1, 701)));
     let error = program.run(&step, &mut state).unwrap_err();
-    assert_eq!(error.to_string(), "launch of next failed: cuLaunchKernel: error 701");
+    assert_eq!(error.to_string(), "launch of next failed: cuLaunchKernelEx: error 701");
     with(|fake| fake.fault = None);
     assert_eq!(program.run(&step, &mut state).unwrap().logits, logits(&[1]));
     drop((program, state));

@@ -101,6 +101,11 @@ impl Run {
         Run { first: lane, lanes: 1, address, stride: 0 }
     }
 
+    /// A bit for each of its lanes.
+    fn mask(&self) -> u32 {
+        (u32::MAX >> (LANES as u32 - self.lanes)) << self.first
+    }
+
     /// Bytes from the first to the last, `bytes` a lane.
     pub fn len(&self, bytes: u32) -> usize {
         (self.stride * (self.lanes - 1) + bytes) as usize
@@ -235,6 +240,15 @@ impl Reach<'_> {
     pub fn watch(&mut self, spot: &Spot, run: Run, bytes: u32, how: How, who: &Knowledge) -> Checked<()> {
         let (shadow, range) = match spot {
             Spot::Shared(rank, range) => (&mut self.cluster[*rank].shadow, range),
+            Spot::Global(index, range) if run.mask() & who.unwaited != 0 => {
+                if let Some((at, earlier_wrote)) =
+                    self.memory.touched_before(*index, range.clone(), how.write)
+                {
+                    let (at, of, wrote) = (at as u64, self.name(spot), how.write);
+                    return Err(at_lane(run.first, Fault::EarlierGrid { at, of, wrote, earlier_wrote }));
+                }
+                (&mut self.shadows[*index], range)
+            }
             // What nobody can write needs no watching.
             Spot::Global(index, range) if !self.memory.bytes(*index).read_only() => {
                 (&mut self.shadows[*index], range)

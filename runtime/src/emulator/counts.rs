@@ -68,7 +68,9 @@ impl Class {
             | Op::Match { .. }
             | Op::Redux { .. }
             | Op::ActiveMask { .. } => Class::Exchange,
-            Op::Hint | Op::Fence { .. } | Op::Barrier { .. } | Op::WarpSync { .. } => Class::Synchronise,
+            Op::Hint | Op::WaitForGrids | Op::Fence { .. } | Op::Barrier { .. } | Op::WarpSync { .. } => {
+                Class::Synchronise
+            }
             Op::Mma { .. } => Class::Matrix,
             Op::LoadMatrix { .. } => Class::MatrixLoad,
             Op::Copy { .. } | Op::CopyCommit | Op::CopyWait(_) => Class::AsyncCopy,

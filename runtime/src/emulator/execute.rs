@@ -202,6 +202,7 @@ impl Warp {
             }
             Op::Trap => return Err(at_lane(active.trailing_zeros(), Fault::Trap)),
             Op::Hint => {}
+            Op::WaitForGrids => self.knowledge.unwaited &= !active,
             Op::Fence { .. } => self.knowledge.fence(lanes(active)),
             Op::Barrier { op, id, threads } => {
                 self.together(active)?;

@@ -310,6 +310,7 @@ impl Cluster {
                 dynamic_bytes: grid.dynamic_shared,
                 cluster: grid.cluster,
                 rank,
+                dependent: grid.dependent,
             };
             Cta::new(program, &place)
         };
@@ -413,6 +414,7 @@ pub fn run(
     let arrivals = [Arrivals::AtOnce, Arrivals::AnyTime, Arrivals::WhenNeeded][fortune.below(3)];
     let mut clusters: Vec<Cluster> = Vec::new();
     let warps = grid.threads.iter().product::<u32>().div_ceil(32);
+    memory.begin_grid(grid.dependent);
     let mut shadows: Vec<Shadow> = (0..memory.count()).map(|_| Shadow::global()).collect();
     let mut idle = 0;
     let mut turns = 0;
@@ -480,6 +482,9 @@ pub fn run(
                 }
             }
             Pause::Done => {
+                if cta.warps[warp].knowledge.unwaited != 0 {
+                    return Err(report(cta, line, of_warp(Fault::NoWaitForGrids)));
+                }
                 cta.states[warp] = State::Done;
                 idle = 0;
                 let gone = cta.states.iter().all(|&state| state == State::Done);
@@ -511,5 +516,6 @@ pub fn run(
             turns = 0;
         }
     }
+    memory.end_grid(shadows);
     Ok(Counts { kernels: [(kernel.name.clone(), counts)].into() })
 }

@@ -1,6 +1,7 @@
 //! Bytes that know whether they were written, and global memory made of them.
 
 use super::Fault;
+use super::race::Shadow;
 use crate::map::FileBytes;
 use crate::ptx::Space;
 use std::fmt;
@@ -91,10 +92,41 @@ impl Bytes {
     }
 }
 
+/// A bit for each byte of an allocation; none of them is set where there are no bits.
+#[derive(Default)]
+struct Marks(Vec<u64>);
+
+impl Marks {
+    fn mark(&mut self, range: Range<usize>) {
+        let words = range.end.div_ceil(64);
+        if self.0.len() < words {
+            self.0.resize(words, 0);
+        }
+        (range.start / 64..words).for_each(|word| self.0[word] |= bits(word, range.start, range.end));
+    }
+
+    fn first(&self, range: Range<usize>) -> Option<usize> {
+        (range.start / 64..range.end.div_ceil(64).min(self.0.len())).find_map(|word| {
+            let marked = self.0[word] & bits(word, range.start, range.end);
+            (marked != 0).then(|| 64 * word + marked.trailing_zeros() as usize)
+        })
+    }
+}
+
+/// What grids did that may go on when a later one begins.
+#[derive(Default)]
+struct Earlier {
+    read: Marks,
+    written: Marks,
+    /// What the last of them did, not yet among the marks.
+    last: Option<Shadow>,
+}
+
 struct Allocation {
     name: String,
     address: u64,
     bytes: Bytes,
+    earlier: Earlier,
 }
 
 /// Global memory: allocations with guard gaps between them. What is in it stays between launches.
@@ -139,7 +171,8 @@ impl Memory {
         let end =
             self.allocations.last().map_or(FIRST_ADDRESS, |last| last.address + last.bytes.len() as u64);
         let address = (end + GUARD_BYTES).next_multiple_of(ALIGN_BYTES);
-        self.allocations.push(Allocation { name: name.to_string(), address, bytes });
+        let (name, earlier) = (name.to_string(), Earlier::default());
+        self.allocations.push(Allocation { name, address, bytes, earlier });
         address
     }
 
@@ -183,6 +216,52 @@ impl Memory {
     pub fn forget(&mut self, address: u64, bytes: usize) {
         let (index, range) = self.on_host(address, bytes);
         self.allocations[index].bytes.mark(range, false);
+    }
+
+    /// Takes bytes as read, or written, by a grid that may go on when the next begins, if that one is dependent
+    /// ([`super::Grid`]).
+    ///
+    /// # Panics
+    ///
+    /// Outside an allocation.
+    pub fn touched_by_earlier(&mut self, address: u64, bytes: usize, wrote: bool) {
+        let (index, range) = self.on_host(address, bytes);
+        let earlier = &mut self.allocations[index].earlier;
+        if wrote { &mut earlier.written } else { &mut earlier.read }.mark(range);
+    }
+
+    /// A grid begins; all before it have ended, unless it is dependent.
+    pub(super) fn begin_grid(&mut self, dependent: bool) {
+        for Allocation { earlier, .. } in &mut self.allocations {
+            match earlier.last.take() {
+                _ if !dependent => *earlier = Earlier::default(),
+                None => {}
+                Some(shadow) => {
+                    for (range, wrote) in shadow.touched() {
+                        if wrote { &mut earlier.written } else { &mut earlier.read }.mark(range);
+                    }
+                }
+            }
+        }
+    }
+
+    /// A grid ends, and this is what it did to each allocation.
+    pub(super) fn end_grid(&mut self, shadows: Vec<Shadow>) {
+        for (allocation, shadow) in self.allocations.iter_mut().zip(shadows) {
+            allocation.earlier.last = Some(shadow);
+        }
+    }
+
+    /// The first byte of a range that earlier grids wrote, or that they read if it is written now; and whether they wrote it.
+    pub(super) fn touched_before(
+        &self,
+        index: usize,
+        range: Range<usize>,
+        writes: bool,
+    ) -> Option<(usize, bool)> {
+        let Earlier { read, written, .. } = &self.allocations[index].earlier;
+        let written = written.first(range.clone()).map(|at| (at, true));
+        written.or_else(|| read.first(range).filter(|_| writes).map(|at| (at, false)))
     }
 
     fn on_host(&self, address: u64, bytes: usize) -> (usize, Range<usize>) {
@@ -235,7 +314,7 @@ impl Memory {
             let end = a.address + a.bytes.len() as u64;
             if address < a.address { a.address - address } else { address.saturating_sub(end) }
         });
-        let Some(Allocation { name, address: begin, bytes }) = nearest else {
+        let Some(Allocation { name, address: begin, bytes, .. }) = nearest else {
             return "nothing is allocated".into();
         };
         let len = bytes.len() as u64;

@@ -226,7 +226,7 @@ fn operands(op: &mut Op, f: &mut dyn FnMut(Operand<'_>)) {
             f(Use(a));
             f(Define(d));
         }
-        Op::Branch { .. } | Op::Exit | Op::Trap | Op::Hint | Op::Fence { .. } => {}
+        Op::Branch { .. } | Op::Exit | Op::Trap | Op::Hint | Op::WaitForGrids | Op::Fence { .. } => {}
         Op::CopyCommit | Op::CopyWait(_) | Op::FenceProxyAsync(_) | Op::FenceMbarrierInit => {}
         Op::BulkCommit | Op::BulkWait { .. } | Op::WgmmaFence | Op::WgmmaCommit | Op::WgmmaWait(_) => {}
         Op::SetMaxRegisters { .. } | Op::ClusterArrive { .. } | Op::ClusterWait => {}

@@ -20,6 +20,7 @@
 //! * Never: reports accesses that are ordered. It may miss a race where more reads are unordered than are kept.
 
 use std::collections::{BTreeMap, HashMap};
+use std::ops::Range;
 
 /// For a lane's number: all lanes of the warp.
 pub const WHOLE: u8 = 32;
@@ -188,6 +189,8 @@ pub struct Knowledge {
     pairs: Option<Box<[[u32; 32]; 32]>>,
     /// By lane; empty while no lane knows more than the warp.
     lanes: Vec<LaneKnowledge>,
+    /// Lanes that have not waited for the grids before.
+    pub unwaited: u32,
 }
 
 impl Knowledge {
@@ -202,6 +205,7 @@ impl Knowledge {
             far: Message::new(),
             pairs: None,
             lanes: Vec::new(),
+            unwaited: 0,
         }
     }
 
@@ -586,6 +590,19 @@ impl Shadow {
             at = end;
         }
         Ok(())
+    }
+
+    /// What was accessed: runs of bytes, and whether they were written.
+    pub fn touched(&self) -> impl Iterator<Item = (Range<usize>, bool)> {
+        let pages =
+            self.pages.iter().enumerate().filter_map(|(at, page)| Some((at * PAGE_BYTES, page.as_ref()?)));
+        pages.flat_map(|(begin, page)| {
+            let cells = page.reads.iter().map(|cells| (cells, false)).chain([(&page.writes, true)]);
+            cells.flat_map(move |(cells, wrote)| {
+                let touched = cells.iter().enumerate().filter(|(_, cell)| cell.clock != 0);
+                touched.map(move |(n, _)| (begin + n * page.granule..begin + (n + 1) * page.granule, wrote))
+            })
+        })
     }
 
     /// An access, and whether it wrote, of another CTA of the cluster or of a copy that an mbarrier counts, of which none of

@@ -99,6 +99,8 @@ pub struct Place {
     pub cluster: u32,
     /// Which of them it is.
     pub rank: u32,
+    /// Has the grid to wait for those before it?
+    pub dependent: bool,
 }
 
 impl Warp {
@@ -132,6 +134,7 @@ impl Warp {
             gave_up: false,
             fragments: Fragments::default(),
         };
+        warp.knowledge.unwaited = if place.dependent { existing } else { 0 };
         for (&reg, &(_, constant)) in program.constants.iter().zip(&program.kernel.constants) {
             let value: Wide = std::array::from_fn(|lane| match constant {
                 Constant::Bits(bits) => bits,

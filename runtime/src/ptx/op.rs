@@ -574,8 +574,11 @@ pub enum Op {
     },
     Exit,
     Trap,
-    /// `nanosleep`, `prefetch`: no effect on results. `griddepcontrol`, as grids run one after the other.
+    /// `nanosleep`, `prefetch`: no effect on results. `griddepcontrol.launch_dependents`: what a grid that begins early may not
+    /// do is the same however early it begins.
     Hint,
+    /// `griddepcontrol.wait`
+    WaitForGrids,
     Fence {
         scope: Scope,
         /// `fence.sc`: all such fences are in one order.

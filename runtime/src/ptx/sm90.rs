@@ -291,12 +291,13 @@ pub fn rank<'t>(p: &mut Parser<'t>, m: &mut Mods<'t>, args: &[Arg<'t>]) -> Resul
     Ok(Op::GetCtaRank { space, d: p.reg(&args[0], 32)?, a: p.source(&args[1], ty)? })
 }
 
-/// Grids run one after the other, so a kernel that says when the next may begin or waits for the one before does nothing by it.
+/// `griddepcontrol`.
 pub fn grid_dependency<'t>(p: &Parser<'t>, m: &mut Mods<'t>, args: &[Arg<'t>]) -> Result<Op, PtxError> {
-    if !m.has("wait") {
+    let waits = m.has("wait");
+    if !waits {
         need(m, "launch_dependents")?;
     }
-    count(p, args, 0).map(|()| Op::Hint)
+    count(p, args, 0).map(|()| if waits { Op::WaitForGrids } else { Op::Hint })
 }
 
 /// `fence.proxy.async`, `fence.mbarrier_init`.
