@@ -271,7 +271,7 @@ pub fn results(
     (symbols, tensors): (&[i64; MAX_SYMBOLS], &Tensors),
 ) -> Result<Vec<(ValueId, Tensor)>, LaunchError> {
     let held = subject.held(group, &lowered.args, tensors);
-    let after = device.run(number, &lowered.kernel, &held, *symbols)?;
+    let after = device.run(number, &lowered.kernel, &lowered.args, &held, *symbols)?;
     Ok(after.map_or_else(Vec::new, |after| subject.results(group, &lowered.args, symbols, &after)))
 }
 

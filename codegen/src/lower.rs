@@ -22,7 +22,7 @@
 //! its neighbours' pieces: nobody waits for a core that is slower, or busy with something else. Which worker takes a turn
 //! changes no bit.
 
-mod threads;
+pub(crate) mod threads;
 mod warpgroup;
 
 use ir::dtype::DType;
@@ -182,6 +182,7 @@ fn call(kernels: &[Kernel], number: usize, launch: &Launch) -> String {
 
 /// One kernel's function. Math functions that it calls are added to `needs`.
 pub fn function(kernel: &Kernel, features: Features, needs: &mut BTreeSet<(Unary, u16)>) -> String {
+    let awaits_grids = kernel.awaits_grids();
     let mut f = Function {
         kernel,
         features,
@@ -194,6 +195,7 @@ pub fn function(kernel: &Kernel, features: Features, needs: &mut BTreeSet<(Unary
         vars: HashMap::new(),
         block: "entry".to_string(),
         loops: 0,
+        awaits_grids,
     };
     let grid = features.pause == Pause::Grid;
     if grid {
@@ -228,14 +230,12 @@ pub fn function(kernel: &Kernel, features: Features, needs: &mut BTreeSet<(Unary
     let params: Vec<String> = kernel
         .params()
         .map(|(id, buffer)| {
-            // What a barrier hands to other workers is not this function's alone.
+            // What a barrier hands to other workers is not this function's alone, nor what grids before still write: there
+            // accesses say for themselves whose they are (`Function::scope`).
             let alone = match buffer.space {
-                Space::Global(Access::Read) => " noalias readonly",
-                Space::Global(Access::Write | Access::ReadWrite) if !barrier => " noalias",
-                Space::Global(Access::Write | Access::ReadWrite)
-                | Space::Local
-                | Space::Shared
-                | Space::Swizzled => "",
+                Space::Global(Access::Read) if !awaits_grids => " noalias readonly",
+                Space::Global(Access::Write | Access::ReadWrite) if !barrier && !awaits_grids => " noalias",
+                Space::Global(_) | Space::Local | Space::Shared | Space::Swizzled => "",
             };
             format!("ptr{alone} %b{}, ", id.0)
         })
@@ -317,6 +317,8 @@ struct Function<'a> {
     next: usize,
     /// `parallel` loops since the last barrier.
     loops: usize,
+    /// Does it wait for the grids before it?
+    awaits_grids: bool,
     /// What each value is now: a name, or a number where a loop was copied out.
     vars: HashMap<VarId, String>,
     block: String,
@@ -531,7 +533,8 @@ impl Function<'_> {
             elem = "i8";
         }
         let (pointer, align) = (self.pointer(buffer), self.align(buffer, index, lanes));
-        self.line(&format!("store {} {value}, {pointer} {at}, align {align}", vector(elem, lanes)));
+        let scope = self.scope(buffer);
+        self.line(&format!("store {} {value}, {pointer} {at}, align {align}{scope}", vector(elem, lanes)));
     }
 
     /// The type of a buffer's address.
@@ -723,12 +726,14 @@ impl Function<'_> {
         let align = self.align(buffer, index, lanes);
         if dtype == DType::Bool {
             let ty = vector("i8", lanes);
-            let bytes = self.emit(format!("load {ty}, {} {at}, align 1", self.pointer(buffer)));
+            let bytes =
+                self.emit(format!("load {ty}, {} {at}, align 1{}", self.pointer(buffer), self.scope(buffer)));
             let zero = if lanes == 1 { "0" } else { "zeroinitializer" };
             return self.emit(format!("icmp ne {ty} {bytes}, {zero}"));
         }
         let pointer = self.pointer(buffer);
-        self.emit(format!("load {}, {pointer} {at}, align {align}", vector(llvm_elem(dtype), lanes)))
+        let scope = self.scope(buffer);
+        self.emit(format!("load {}, {pointer} {at}, align {align}{scope}", vector(llvm_elem(dtype), lanes)))
     }
 
     /// The lanes of one value, then those of another.

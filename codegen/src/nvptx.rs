@@ -4,11 +4,16 @@
 //! kernel's parameters are the addresses of its buffers, then its symbols as 32-bit integers, each in the order of its
 //! text, then its tensor maps, 128 bytes each at multiples of 64. Its shared memory is dynamic: the launch says how much, as [`ir::kernel::Kernel::shared_bytes`] does. A kernel with
 //! barriers is an entry for each of its phases ([`Kernel::phases`]), with the parameters of the whole.
+//!
+//! On sm_90a grids may begin before those before them have ended: a phase that does not say where it waits for that
+//! ([`ir::kernel::warpgroup`]) does so at its beginning.
 
 use crate::cpu::{CodegenError, Form, PASSES, emit};
+use crate::lower::threads::scopes;
 use crate::lower::{Features, Pause, declare_shared, ending, function};
 use inkwell::targets::{InitializationConfig, Target};
-use ir::kernel::{Buffer, Kernel};
+use ir::kernel::warpgroup::Warpgroup;
+use ir::kernel::{Buffer, Kernel, Stmt};
 use std::collections::BTreeSet;
 
 /// A GPU that PTX can be made for.
@@ -127,9 +132,13 @@ pub fn llvm(kernels: &[Kernel], architecture: &Architecture) -> Result<String, C
     let mut needs = BTreeSet::new();
     for kernel in kernels {
         check(kernel, architecture)?;
-        for phase in kernel.phases() {
+        for mut phase in kernel.phases() {
+            if architecture.warpgroups && !phase.awaits_grids() {
+                phase.body.insert(0, Stmt::Warpgroup(Warpgroup::AwaitGrids));
+            }
             text += &function(&phase, Features { bf16: true, pause: Pause::Grid }, &mut needs);
         }
     }
-    Ok(text + &ending(needs))
+    let buffers = kernels.iter().map(|kernel| kernel.buffers.len()).max().unwrap_or(0);
+    Ok(text + &ending(needs) + &scopes(buffers))
 }

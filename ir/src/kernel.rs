@@ -598,12 +598,19 @@ impl Kernel {
 
     /// Is something in it that only warpgroups do?
     pub fn needs_warpgroups(&self) -> bool {
-        fn any(block: &[Stmt]) -> bool {
-            block
-                .iter()
-                .any(|stmt| matches!(stmt, Stmt::Warpgroup(_)) || stmt.blocks().into_iter().any(|b| any(b)))
-        }
-        !self.mbarriers.is_empty() || !self.maps.is_empty() || any(&self.body)
+        let any = self.has(|stmt| matches!(stmt, Stmt::Warpgroup(_)));
+        !self.mbarriers.is_empty() || !self.maps.is_empty() || any
+    }
+
+    /// Does it say where it waits for the grids before it?
+    pub fn awaits_grids(&self) -> bool {
+        self.has(|stmt| matches!(stmt, Stmt::Warpgroup(Warpgroup::AwaitGrids)))
+    }
+
+    fn has(&self, is: impl Fn(&Stmt) -> bool) -> bool {
+        let mut found = false;
+        parts::each_stmt(&self.body, &mut |stmt| found |= is(stmt));
+        found
     }
 
     /// The most turns that a `parallel` loop of this kernel has: workers beyond that have nothing to do. 1 if it cannot be said.

@@ -16,6 +16,7 @@ use codegen::{
 pub use compiled::Compiled;
 use ir::DType;
 use ir::dim::MAX_SYMBOLS;
+use ir::families::Arg;
 use ir::kernel::interp::{self, Fault, KBuffer};
 use ir::kernel::{Access, Buffer, Kernel, Space, verify};
 use runtime::device::DeviceError;
@@ -155,7 +156,7 @@ impl Device {
         Ok(Device::Cpu(Box::new(Compiled::new(level, kernels)?)))
     }
 
-    /// Runs kernel `number` on what its parameters hold; gives what they hold then, or `None` where nothing ran.
+    /// Runs kernel `number`, which a launch binds to `args`, on what its parameters hold; gives what they hold then, or `None` where nothing ran.
     ///
     /// # Errors
     ///
@@ -164,6 +165,7 @@ impl Device {
         &mut self,
         number: usize,
         kernel: &Kernel,
+        args: &[Arg],
         held: &[Held],
         symbols: [i64; MAX_SYMBOLS],
     ) -> Result<Option<Vec<Vec<f64>>>, LaunchError> {
@@ -172,7 +174,7 @@ impl Device {
             #[cfg(feature = "compiler")]
             Device::Cpu(compiled) => compiled.run(number, kernel, held, symbols).map(Some),
             Device::Gpu(gpu) => gpu.run(number, kernel, held, symbols).map(Some),
-            Device::Emulated(emulated) => emulated.run(number, kernel, held, symbols).map(Some),
+            Device::Emulated(emulated) => emulated.run(number, kernel, args, held, symbols).map(Some),
             Device::Interpreter => {
                 let bound = |((_, buffer), held): ((_, &Buffer), &Held)| match held {
                     Some(data) => KBuffer::from_data(buffer, &symbols, data),
@@ -246,11 +248,13 @@ impl Emulated {
         Ok(Emulated { programs: (0..kernels).map(phases).collect(), sm, sums: Sums::default() })
     }
 
-    /// Runs three times, in other orders of warps and with fewer CTAs: the bits must be the same.
+    /// Runs three times, in other orders of warps and with fewer CTAs: the bits must be the same. All but weights counts as what
+    /// grids before may still write.
     fn run(
         &mut self,
         number: usize,
         kernel: &Kernel,
+        args: &[Arg],
         held: &[Held],
         symbols: [i64; MAX_SYMBOLS],
     ) -> Result<Vec<Vec<f64>>, LaunchError> {
@@ -260,7 +264,7 @@ impl Emulated {
             let mut memory = Memory::new();
             let mut bytes = Vec::new();
             let mut addresses = Vec::new();
-            for (param, held) in params.iter().zip(held) {
+            for (number, (param, held)) in params.iter().zip(held).enumerate() {
                 let size = param.buffer.dtype.bytes(1);
                 let address = memory.allocate(&param.buffer.name, param.span * size);
                 if held.is_some() {
@@ -269,6 +273,9 @@ impl Emulated {
                     for gap in param.gaps() {
                         memory.forget(address + (gap.start * size) as u64, gap.len() * size);
                     }
+                }
+                if !matches!(args.get(number), Some(Arg::Pack(_))) {
+                    memory.touched_by_earlier(address, param.span * size, true);
                 }
                 bytes.extend(address.to_le_bytes());
                 addresses.push(address);
@@ -283,7 +290,8 @@ impl Emulated {
                     threads: [phase.threads.into(), 1, 1],
                     cluster: program.cluster(),
                     dynamic_shared: phase.shared_bytes() as u32,
-                    dependent: false,
+                    // All code for it waits for the grids before it.
+                    dependent: self.sm == Sm::Sm90a,
                 };
                 let maps = gpu::tensor_maps(phase, &addresses, &symbols);
                 let maps = maps.iter().map(|map| map.encode().map_err(LaunchError::Map));

@@ -3,9 +3,35 @@
 use super::{Function, gcd, llvm_elem, vector};
 use crate::lower::Pause;
 use ir::dtype::DType;
-use ir::kernel::{Arith, Buffer, BufferId, Expr, Type};
+use ir::kernel::{Arith, Buffer, BufferId, Expr, Space, Type};
+
+/// What accesses of kernels of so many buffers say that they belong to: LLVM's scopes, one a buffer, that do not alias
+/// (LLVM Language Reference, "`noalias` and `alias.scope` Metadata").
+pub(crate) fn scopes(buffers: usize) -> String {
+    let mut text = "\n!0 = distinct !{!0}\n".to_string();
+    for number in 0..buffers {
+        let [scope, own, others] = [1, 2, 3].map(|n| 3 * number + n);
+        let list: Vec<_> = (0..buffers).filter(|&b| b != number).map(|b| format!("!{}", 3 * b + 1)).collect();
+        let list = list.join(", ");
+        text += &format!(
+            "!{scope} = distinct !{{!{scope}, !0}}\n!{own} = !{{!{scope}}}\n!{others} = !{{{list}}}\n"
+        );
+    }
+    text
+}
 
 impl Function<'_> {
+    /// Says of an access to a param that it meets no other, where the kernel waits for the grids before it. To say so of the param,
+    /// as elsewhere, would also say that the wait changes nothing of it.
+    pub(super) fn scope(&self, buffer: BufferId) -> String {
+        match self.kernel[buffer].space {
+            Space::Global(_) if self.awaits_grids => {
+                format!(", !alias.scope !{}, !noalias !{}", 3 * buffer.0 + 2, 3 * buffer.0 + 3)
+            }
+            Space::Global(_) | Space::Local | Space::Shared | Space::Swizzled => String::new(),
+        }
+    }
+
     /// Begins to copy 16 bytes to shared memory.
     pub(super) fn copy(&mut self, to: (BufferId, &[Expr]), from: (BufferId, &[Expr]), count: &Expr) {
         let bytes = self.kernel[from.0].dtype.bytes(1);

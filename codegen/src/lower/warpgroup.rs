@@ -35,7 +35,7 @@ pub(super) fn map_params(kernel: &Kernel) -> String {
 }
 
 impl Function<'_> {
-    /// One thread makes the mbarriers; then all go on.
+    /// One thread makes the mbarriers, and has the tensor maps fetched; then all go on.
     pub(super) fn make_mbarriers(&mut self) {
         if self.kernel.mbarriers.is_empty() {
             return;
@@ -52,6 +52,9 @@ impl Function<'_> {
             }
         }
         self.line("call void @llvm.nvvm.fence.mbarrier_init.release.cluster()");
+        for map in 0..kernel.maps.len() {
+            self.line(&format!("call void @llvm.nvvm.prefetch.tensormap.p0(ptr %map{map})"));
+        }
         self.line(&format!("br label %{made}"));
         self.begin(&made);
         self.line("call void @llvm.nvvm.barrier.cta.sync.aligned.all(i32 0)");
@@ -195,6 +198,12 @@ impl Function<'_> {
             }
             Warpgroup::Await { at, parity } => self.await_phase(at, parity),
             Warpgroup::Fetch { to, place, map, index, at } => self.fetch(*to, place, *map, index, at),
+            Warpgroup::AwaitGrids => {
+                // Not before the wait: so at most two grids are on the machine, and what this one must not touch is what the
+                // one before does.
+                self.line("call void asm sideeffect \"griddepcontrol.wait;\", \"~{memory}\"() nounwind");
+                self.line("call void asm sideeffect \"griddepcontrol.launch_dependents;\", \"\"() nounwind");
+            }
             Warpgroup::FenceRegisters => self.line("call void @llvm.nvvm.wgmma.fence.sync.aligned()"),
             Warpgroup::FenceAsync => self.line("call void @llvm.nvvm.fence.proxy.async.shared_cta()"),
             Warpgroup::Product { sums, index, add, left, right, place, trans } => {

@@ -101,6 +101,7 @@ macro_rules! parts {
                     }
                     Warpgroup::Retire { after, .. } => after.$iter().collect(),
                     Warpgroup::Registers(_)
+                    | Warpgroup::AwaitGrids
                     | Warpgroup::FenceRegisters
                     | Warpgroup::FenceAsync
                     | Warpgroup::Close => Vec::new(),
@@ -149,6 +150,7 @@ impl Warpgroup {
             Warpgroup::Product { left: Left::Shared(left, _), right, .. } => vec![*left, *right],
             Warpgroup::Product { left: Left::Registers(_), right, .. } => vec![*right],
             Warpgroup::Registers(_)
+            | Warpgroup::AwaitGrids
             | Warpgroup::Meet { .. }
             | Warpgroup::Pass { .. }
             | Warpgroup::Expect { .. }

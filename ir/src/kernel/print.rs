@@ -129,6 +129,7 @@ fn warpgroup(kernel: &Kernel, stmt: &Warpgroup) -> String {
             let (to, index) = (element(kernel, *to, place), list(kernel, index));
             format!("fetch {to} = {map}[{index}], {}", slot(at))
         }
+        Warpgroup::AwaitGrids => "await grids".to_string(),
         Warpgroup::FenceRegisters => "fence registers".to_string(),
         Warpgroup::FenceAsync => "fence async".to_string(),
         Warpgroup::Product { sums, index, add, left, right, place, trans } => {

@@ -14,6 +14,9 @@
 //!   are done; until then nobody may touch the sums, nor write the operands. `fence registers` stands between the last
 //!   write of a register by other means and a product that uses it; `fence async` between the last store to swizzled memory and the
 //!   synchronisation behind which a product reads them.
+//! * A grid may begin before those before it have ended. `await grids` waits until they have, and all that they stored is seen;
+//!   until then a thread touches nothing that they write. From there on the next grid may begin. Every thread of a kernel that
+//!   says it does so before it ends; a kernel that does not say it waits at its beginning.
 //!
 //! ```text
 //!   swizzled %tile : bf16[4, 1, 128, 64]
@@ -28,7 +31,8 @@
 //!   retire 0, %sums
 //! ```
 //!
-//! Source: PTX ISA, "Asynchronous Warpgroup Level Matrix Instructions", "mbarrier", "Tensors", "setmaxnreg", "bar, barrier".
+//! Source: PTX ISA, "Asynchronous Warpgroup Level Matrix Instructions", "mbarrier", "Tensors", "setmaxnreg", "bar, barrier",
+//! "griddepcontrol".
 
 use super::{BufferId, Builder, Expr, RegId, Stmt};
 
@@ -80,7 +84,7 @@ pub enum Left {
     Registers(Expr),
 }
 
-/// A statement of warpgroups.
+/// A statement of warpgroups, or of other threads of sm_90a.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Warpgroup {
     /// Gives each thread of the warpgroup so many registers from here on: `registers 240`. (PTX `setmaxnreg`.)
@@ -128,6 +132,8 @@ pub enum Warpgroup {
         /// Who hears of it.
         at: MbarrierAt,
     },
+    /// Waits until the grids before have ended, and lets the next begin: `await grids`. (PTX `griddepcontrol`.)
+    AwaitGrids,
     /// Orders writes of registers before products that use them: `fence registers`. (PTX `wgmma.fence`.)
     FenceRegisters,
     /// Orders this thread's stores to swizzled memory before what reads them in the background, once it has synchronised with who asks

@@ -50,6 +50,7 @@ impl Parser {
                 }
             }
             "arrive" => Warpgroup::Arrive(self.mbarrier()?),
+            "await" if self.found_word("grids") => Warpgroup::AwaitGrids,
             "await" => {
                 let at = self.mbarrier()?;
                 self.sign(",")?;

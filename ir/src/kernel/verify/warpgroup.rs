@@ -101,7 +101,7 @@ impl Ctx<'_> {
                 same("the parity", self.whole(parity)?, Type::Index)
             }
             Warpgroup::Fetch { to, place, map, index, at } => self.fetch(*to, place, *map, index, at),
-            Warpgroup::FenceAsync => Ok(()),
+            Warpgroup::AwaitGrids | Warpgroup::FenceAsync => Ok(()),
             Warpgroup::FenceRegisters | Warpgroup::Close => self.whole_groups(),
             Warpgroup::Product { sums, index, add: _, left, right, place, trans } => {
                 self.whole_groups()?;
