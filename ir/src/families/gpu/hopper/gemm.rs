@@ -3,6 +3,8 @@
 //! A CTA makes a tile of 64 rows a warpgroup by `bn` columns of each stream, 64 deep at a time. While a step is multiplied, the
 //! next ones are fetched; a stage is free again when the product after the one that read it has begun. Neighbouring CTAs take
 //! tiles of `band` rows of tiles, column by column: what they read at one time is small enough for the cache that they share.
+//!
+//! Weights are there before any grid begins: those of a CTA's first steps are fetched while the grids before still make the rows.
 
 use super::{MULTIPROCESSORS, ROWS, Ring, WARPS, panel, roles};
 use crate::dtype::DType;
@@ -11,8 +13,8 @@ use crate::families::dot::{DotGroup, Segment, analyse, stored_left};
 use crate::families::gpu::gemm::{Finished, Sums};
 use crate::families::gpu::{ProductTile, chunk, pack_of};
 use crate::families::{GroupView, LowerError, Lowered};
-use crate::kernel::warpgroup::{Left, MapId, Warpgroup};
-use crate::kernel::{BufferId, Expr, RegId, Type};
+use crate::kernel::warpgroup::{Left, MapId, MbarrierAt, Warpgroup};
+use crate::kernel::{BufferId, Builder, Expr, RegId, Type};
 use crate::op::Compare;
 use crate::schedule::{self, Field};
 use crate::target::Gpu;
@@ -178,6 +180,9 @@ pub fn lower(view: &GroupView<'_>, group: &DotGroup, s: Schedule) -> Result<Lowe
     roles(&mut l, s.consumers, |l, consumer| {
         // How often the ring was filled in turns before.
         let done = l.k.reg("done", Type::Index, &[], Some(Expr::Int(0)));
+        if consumer.is_some() {
+            l.k.warpgroup(Warpgroup::AwaitGrids);
+        }
         for part in &parts {
             tile.turns(l, part, |l, m, n| {
                 match &consumer {
@@ -197,6 +202,8 @@ pub fn lower(view: &GroupView<'_>, group: &DotGroup, s: Schedule) -> Result<Lowe
             });
         }
     });
+    // Threads that fetch nothing wait here.
+    l.k.warpgroup(Warpgroup::AwaitGrids);
     result?;
     Ok(l.finish())
 }
@@ -222,26 +229,57 @@ impl Tile {
         });
     }
 
+    /// Fetches a tile's steps. Where the ring was never filled, weights fill it before the rows are waited for.
     fn fetch(&self, l: &mut Lowering<'_, '_>, part: &Part, done: RegId, m: &Expr, n: &Expr) {
-        let deep = crate::kernel::warpgroup::ROW_BYTES;
-        let bytes = (self.s.rows() + part.streams * self.s.bn) * deep;
-        let columns = l.k.kernel()[self.tile_a].shape[3].constant().expect("a constant shape");
-        l.k.for_("step", 0usize, self.steps, 1, |k, step| {
-            let count = k.let_("count", k.get(done, &[]) + step.clone());
-            self.ring.fill(k, &count, bytes, |k, stage, full| {
-                let zero = || Expr::Int(0);
-                let from = k.let_("k", step * columns);
-                let mut fetch = |to, row: Expr, map, index: Vec<Expr>| {
-                    let place = vec![stage.clone(), zero(), row, zero()];
-                    k.warpgroup(Warpgroup::Fetch { to, place, map, index, at: full.clone() });
-                };
-                fetch(self.tile_a, zero(), self.left, vec![m.clone(), from.clone()]);
-                for stream in 0..part.streams {
-                    let index = vec![n.clone(), stream.into(), zero(), from.clone()];
-                    fetch(self.tile_w, (stream * self.s.bn).into(), part.weights, index);
-                }
+        let bytes = (self.s.rows() + part.streams * self.s.bn) * crate::kernel::warpgroup::ROW_BYTES;
+        let (k, ring) = (&mut l.k, self.s.stages.min(self.steps));
+        let fresh = k.get(done, &[]).compare(Compare::Eq, 0usize);
+        k.if_(fresh.clone(), |k| {
+            k.for_("step", 0usize, ring, 1, |k, step| {
+                let full = (self.ring.full, step.clone());
+                k.warpgroup(Warpgroup::Expect { at: full.clone(), bytes: bytes as u32 });
+                self.fetch_weights(k, part, n, &step, (&step, &full));
+            });
+            k.warpgroup(Warpgroup::AwaitGrids);
+            k.for_("step", 0usize, ring, 1, |k, step| {
+                self.fetch_rows(k, m, &step, (&step, &(self.ring.full, step.clone())));
             });
         });
+        let ahead = k.let_("ahead", fresh.select(ring.into(), 0usize.into()));
+        k.for_("step", ahead, self.steps, 1, |k, step| {
+            let count = k.let_("count", k.get(done, &[]) + step.clone());
+            self.ring.fill(k, &count, bytes, |k, stage, full| {
+                self.fetch_rows(k, m, &step, (stage, full));
+                self.fetch_weights(k, part, n, &step, (stage, full));
+            });
+        });
+    }
+
+    fn fetch_rows(&self, k: &mut Builder, m: &Expr, step: &Expr, (stage, full): (&Expr, &MbarrierAt)) {
+        let place = vec![stage.clone(), 0usize.into(), 0usize.into(), 0usize.into()];
+        let index = vec![m.clone(), step.clone() * self.deep(k)];
+        k.warpgroup(Warpgroup::Fetch { to: self.tile_a, place, map: self.left, index, at: full.clone() });
+    }
+
+    fn fetch_weights(
+        &self,
+        k: &mut Builder,
+        part: &Part,
+        n: &Expr,
+        step: &Expr,
+        (stage, full): (&Expr, &MbarrierAt),
+    ) {
+        for stream in 0..part.streams {
+            let place = vec![stage.clone(), 0usize.into(), (stream * self.s.bn).into(), 0usize.into()];
+            let index = vec![n.clone(), stream.into(), 0usize.into(), step.clone() * self.deep(k)];
+            let (to, map) = (self.tile_w, part.weights);
+            k.warpgroup(Warpgroup::Fetch { to, place, map, index, at: full.clone() });
+        }
+    }
+
+    /// Columns of a step.
+    fn deep(&self, k: &Builder) -> usize {
+        panel(k.kernel()[self.tile_a].dtype)
     }
 
     /// The sums of a tile: `[stream, 1, columns / 8]`.
