@@ -10,11 +10,14 @@
 
 use crate::artifact::Artifact;
 use crate::cpu::read_plan;
+use crate::cuda::CTAS_PER_SM;
 use crate::device::DeviceError;
 use crate::manifest::{Manifest, TargetCode};
 use crate::tensor_map::{Element, Fill, Swizzle, TENSOR_MAP_ALIGN, TENSOR_MAP_BYTES, TensorMap};
 use ir::dim::MAX_SYMBOLS;
 use ir::dtype::DType;
+use ir::graph::Family;
+use ir::kernel::warpgroup::WARPGROUP;
 use ir::kernel::{self, Buffer, Kernel, reads};
 use ir::plan::Plan;
 use std::collections::HashSet;
@@ -131,6 +134,18 @@ pub struct Call {
     pub dependent: bool,
 }
 
+/// CTAs of a kernel's launch at most, where `most` is for kernels of which a multiprocessor holds several.
+///
+/// A product of two warpgroups has one for itself, by its registers. As many CTAs as there are multiprocessors then take all
+/// turns: while one tile's epilogue runs, the next one's steps are fetched into the ring, which goes on from turn to turn. Further
+/// CTAs would begin with an empty ring each. (The turns of an attention differ in length: there a multiprocessor that is done
+/// takes the next CTA.)
+pub fn most_ctas(kernel: &Kernel, most: u32) -> u32 {
+    let alone =
+        kernel.family == Family::Dot && !kernel.mbarriers.is_empty() && kernel.threads > 2 * WARPGROUP;
+    if alone { most.div_ceil(CTAS_PER_SM) } else { most }
+}
+
 /// A phase of a kernel: one entry of the module.
 #[derive(Debug)]
 pub struct Phase {
@@ -213,8 +228,8 @@ impl GpuCode {
         GpuCode { plan, kernels, ptx, phases, of_kernel }
     }
 
-    /// What an entry point launches, in order, on buffers at these addresses, with at most so many CTAs each: of each launch
-    /// the phases of its kernel.
+    /// What an entry point launches, in order, on buffers at these addresses, with at most so many CTAs each
+    /// ([`most_ctas`]): of each launch the phases of its kernel.
     ///
     /// A symbol that a phase does not read is passed as 0, so that a launch depends on no more than it must. All grids but the
     /// first that wait for those before them may begin early.
@@ -235,7 +250,7 @@ impl GpuCode {
             }
             Call {
                 phase: number,
-                ctas: code.turns(symbols).min(most_ctas.into()) as u32,
+                ctas: code.turns(symbols).min(self::most_ctas(code, most_ctas).into()) as u32,
                 threads: code.threads.into(),
                 shared_bytes: *shared_bytes,
                 params,
@@ -374,6 +389,21 @@ mod tests {
         for &(capability, machines, cubins, expected) in cases {
             assert_eq!(taken(capability, machines, cubins), expected, "{capability} of {machines:?}");
             assert_eq!(remark(capability).is_some(), capability >= 100, "{capability}");
+        }
+    }
+
+    #[test]
+    fn a_product_that_fills_a_multiprocessor_has_a_cta_on_each() {
+        let most = |family: &str, threads: usize, mbarrier: &str| {
+            let head = format!("kernel @k : {family}, schedule \"\", {threads} threads (T in 1..8) {{\n");
+            let text = head + mbarrier + "  parallel %t in 0..T {\n    sync\n  }\n}\n";
+            most_ctas(&kernel::parse::parse(&text).unwrap()[0], 8 * 132)
+        };
+        let mbarrier = "  mbarrier %m[4] of 1\n";
+        assert_eq!(most("dot", 384, mbarrier), 132);
+        let others = [("dot", 256, mbarrier), ("attention", 384, mbarrier), ("dot", 384, "")];
+        for (family, threads, mbarrier) in others {
+            assert_eq!(most(family, threads, mbarrier), 8 * 132);
         }
     }
 

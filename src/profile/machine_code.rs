@@ -264,9 +264,9 @@ impl Assembled<'_> {
         Ok(Assembled { architecture, gpu, sm, ptxas: ptxas.version, report, codes })
     }
 
-    /// CTAs of a launch, as the run time limits them.
-    fn most_ctas(&self) -> u32 {
-        CTAS_PER_SM * self.gpu.sms
+    /// CTAs of a kernel's launch, as the run time limits them.
+    fn most_ctas(&self, kernel: &Kernel) -> u32 {
+        gpu::most_ctas(kernel, CTAS_PER_SM * self.gpu.sms)
     }
 
     /// The loop of a kernel of tensor cores and the CTAs that an SM holds; `None` if it has no such loop. `positions` is the
@@ -307,7 +307,7 @@ impl Assembled<'_> {
         let predicted = match (tiles, looped) {
             (Some(tiles), Some((steady, resident))) => {
                 let problem = tiles.problem(step, cost.bytes);
-                Prediction::tensor(&problem, steady, self.gpu, resident, self.most_ctas())
+                Prediction::tensor(&problem, steady, self.gpu, resident, self.most_ctas(kernel))
             }
             _ => Prediction::other(cost, self.gpu),
         };
@@ -405,7 +405,7 @@ impl Arguing<'_> {
         let looped = self.assembled.steady(kernel, positions, [step.tokens, step.past])?;
         let Some((steady, resident_ctas)) = looped else { return Ok(None) };
         let stated = tiles.stated().map(|(name, problem)| {
-            let most = self.assembled.most_ctas();
+            let most = self.assembled.most_ctas(kernel);
             let predicted = Prediction::tensor(&problem, &steady, gpu, resident_ctas, most);
             let of_this = |figure: &&Figure| {
                 (&*figure.gpu, &*figure.target, &*figure.problem) == (gpu.name, architecture.name, &*name)
