@@ -53,7 +53,9 @@ impl Function<'_> {
         }
         self.line("call void @llvm.nvvm.fence.mbarrier_init.release.cluster()");
         for map in 0..kernel.maps.len() {
-            self.line(&format!("call void @llvm.nvvm.prefetch.tensormap.p0(ptr %map{map})"));
+            // As a generic address it would be fetched under both.
+            let param = self.emit(format!("addrspacecast ptr %map{map} to ptr addrspace(101)"));
+            self.line(&format!("call void @llvm.nvvm.prefetch.tensormap.p101(ptr addrspace(101) {param})"));
         }
         self.line(&format!("br label %{made}"));
         self.begin(&made);

@@ -50,6 +50,7 @@ const BOXES: &[Boxed<'static>] = &[
 /// All of them.
 pub fn forms() -> Vec<Form> {
     let mut forms: Vec<Form> = BOXES.iter().map(load).collect();
+    forms.push(prefetched(load(&BOXES[4])));
     forms.extend([1, 2, 3].map(|mask| multicast(&BOXES[4], mask)));
     forms.extend(BOXES.iter().filter(|boxed| boxed.dims.len() > 1).map(store));
     forms
@@ -196,6 +197,16 @@ fn load(boxed: &Boxed<'_>) -> Form {
         loaded.chunks(8 * each).map(words).collect()
     });
     Form { sm: Sm::Sm90a, tensor: Some(Tensor::OfOperands(map)), ..form }.with_shared(bytes as u32 + 8)
+}
+
+/// The same with a hint in front, which changes nothing.
+fn prefetched(load: Form) -> Form {
+    let hint = "prefetch.param.tensormap";
+    Form {
+        name: format!("{hint}, before {}", load.name),
+        body: format!("{hint} [map];\n{}", load.body),
+        ..load
+    }
 }
 
 /// As [`load`], to the CTAs of a cluster of two that a mask names. In the others stays what was there.

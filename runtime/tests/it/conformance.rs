@@ -99,7 +99,7 @@ fn a_wrong_tensor_map_is_noticed() {
         assert!(planted(&form, |map| map.dims[0] -= 1).is_some(), "{}", form.name);
         boxes_moved += 1;
     }
-    assert_eq!(boxes_moved, 13 + 3 + 12);
+    assert_eq!(boxes_moved, 13 + 1 + 3 + 12);
 }
 
 /// A missing wait is the emulator's to report.
@@ -171,7 +171,7 @@ fn replay(folder: &Path) -> Vec<String> {
 fn machines_take_what_they_have() {
     let of = |sm| Machine::Emulator(Options { sm, seed: 0, sums: Sums::default() });
     let taken = |sm| forms().iter().filter(|form| of(sm).takes(form)).count();
-    assert_eq!([taken(Sm::Sm90a) - taken(Sm::Sm80), taken(Sm::Sm120) - taken(Sm::Sm89)], [90, 0]);
+    assert_eq!([taken(Sm::Sm90a) - taken(Sm::Sm80), taken(Sm::Sm120) - taken(Sm::Sm89)], [91, 0]);
 }
 
 /// What GPUs gave, as it was committed.
