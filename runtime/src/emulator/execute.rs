@@ -279,15 +279,9 @@ impl Warp {
                 reach.counts.matrix_macs += u64::from(16 * 8 * k);
                 let [a, b, c] =
                     [a, b, c].map(|part| part.iter().map(|&reg| self.narrow(reg)).collect::<Vec<_>>());
-                let types = (*a_ty, *b_ty);
-                let value = matrix::mma::<{ matrix::MMA_BLOCK }>(
-                    *k as usize,
-                    types,
-                    *narrow,
-                    *satfinite,
-                    sums,
-                    [&a, &b, &c],
-                );
+                let (left, right) = (matrix::Left::new(*a_ty, &a), matrix::Right::new(*b_ty, &b));
+                let adding = matrix::Adding { narrow: *narrow, satfinite: *satfinite, sums };
+                let value = matrix::multiply::<{ matrix::MMA_BLOCK }>(&left, &right, adding, &c);
                 for (&d, value) in d.iter().zip(value) {
                     self.put(active, d, Lanes::Narrow(value));
                 }

@@ -42,113 +42,185 @@ fn place_c(lane: usize, i: usize) -> (usize, usize) {
     (lane / 4 + 8 * (i / 2), 2 * (lane % 4) + i % 2)
 }
 
-/// A fragment's elements of 8 or 16 bits, from its registers.
-fn element<const PER: usize>(registers: &[&Narrow], lane: usize, i: usize) -> u32 {
+/// An element of 8 or 16 bits of a register.
+fn element<const PER: usize>(register: u32, part: usize) -> u32 {
     let bits = 32 / PER as u32;
-    registers[i / PER][lane] >> (bits * (i % PER) as u32) & ((1 << bits) - 1)
+    register >> (bits * part as u32) & ((1 << bits) - 1)
 }
 
-/// A and B as matrices, each element by the function of its operand.
-fn matrices<const PER: usize, const K: usize, T: Copy + Default>(
-    [a, b]: [&[&Narrow]; 2],
-    of_a: impl Fn(u32) -> T,
-    of_b: impl Fn(u32) -> T,
-) -> ([[T; K]; M], [[T; N]; K]) {
-    let mut left = [[T::default(); K]; M];
-    let mut right = [[T::default(); N]; K];
-    for lane in 0..LANES {
-        for i in 0..PER * a.len() {
-            let (row, k) = place_a::<PER>(lane, i);
-            left[row][k] = of_a(element::<PER>(a, lane, i));
-        }
-        for i in 0..PER * b.len() {
-            let (k, column) = place_b::<PER>(lane, i);
-            right[k][column] = of_b(element::<PER>(b, lane, i));
+/// A as numbers.
+pub enum Left {
+    Halves([[f32; HALVES_K]; M]),
+    Bytes([[i32; BYTES_K]; M]),
+}
+
+/// B as numbers; as many rows as K is count.
+pub enum Right {
+    Halves([[f32; N]; HALVES_K], usize),
+    Bytes([[i32; N]; BYTES_K], usize),
+}
+
+impl Left {
+    /// Of a fragment.
+    pub fn new(ty: MatrixType, a: &[&Narrow]) -> Left {
+        match ty {
+            MatrixType::Bf16 => Left::Halves(left::<2, HALVES_K, f32>(a, bf16)),
+            MatrixType::F16 => Left::Halves(left::<2, HALVES_K, f32>(a, f16)),
+            MatrixType::S8 => Left::Bytes(left::<4, BYTES_K, i32>(a, |x| i32::from(x as u8 as i8))),
+            MatrixType::U8 => Left::Bytes(left::<4, BYTES_K, i32>(a, |x| x as i32)),
         }
     }
-    (left, right)
 }
 
-/// `mma.sync.m16n8kK`: D = A B + C, as registers of D. `BLOCK` terms are aligned together.
-pub fn mma<const BLOCK: usize>(
-    k: usize,
-    types: (MatrixType, MatrixType),
-    narrow: bool,
-    satfinite: bool,
-    sums: Sums,
-    [a, b, c]: [&[&Narrow]; 3],
+impl Right {
+    /// Of a fragment.
+    pub fn new(ty: MatrixType, b: &[&Narrow]) -> Right {
+        let (halves_k, bytes_k) = (HALVES_K / 2 * b.len(), BYTES_K / 2 * b.len());
+        match ty {
+            MatrixType::Bf16 => Right::Halves(right::<2, HALVES_K, f32>(b, bf16), halves_k),
+            MatrixType::F16 => Right::Halves(right::<2, HALVES_K, f32>(b, f16), halves_k),
+            MatrixType::S8 => {
+                Right::Bytes(right::<4, BYTES_K, i32>(b, |x| i32::from(x as u8 as i8)), bytes_k)
+            }
+            MatrixType::U8 => Right::Bytes(right::<4, BYTES_K, i32>(b, |x| x as i32), bytes_k),
+        }
+    }
+}
+
+/// The four lanes of a group hold elements of a row, one behind the other.
+fn left<const PER: usize, const K: usize, T: Copy + Default>(
+    a: &[&Narrow],
+    of: impl Fn(u32) -> T,
+) -> [[T; K]; M] {
+    let mut left = [[T::default(); K]; M];
+    for (register, lanes) in a.iter().enumerate() {
+        for (g, lanes) in lanes.as_chunks::<4>().0.iter().enumerate() {
+            let (row, k) = place_a::<PER>(4 * g, PER * register);
+            let to = &mut left[row][k..k + 4 * PER];
+            for (to, &lane) in to.chunks_exact_mut(PER).zip(lanes) {
+                to.iter_mut().enumerate().for_each(|(part, to)| *to = of(element::<PER>(lane, part)));
+            }
+        }
+    }
+    left
+}
+
+fn right<const PER: usize, const K: usize, T: Copy + Default>(
+    b: &[&Narrow],
+    of: impl Fn(u32) -> T,
+) -> [[T; N]; K] {
+    let mut right = [[T::default(); N]; K];
+    for lane in 0..LANES {
+        for i in 0..PER * b.len() {
+            let (k, column) = place_b::<PER>(lane, i);
+            right[k][column] = of(element::<PER>(b[i / PER][lane], i % PER));
+        }
+    }
+    right
+}
+
+/// How a matrix instruction adds.
+#[derive(Clone, Copy, Debug)]
+pub struct Adding {
+    /// C and D are f16.
+    pub narrow: bool,
+    /// Integers stop at the ends of their range.
+    pub satfinite: bool,
+    pub sums: Sums,
+}
+
+/// D = A B + C, as registers of D; `c` as many. `BLOCK` terms are aligned together.
+pub fn multiply<const BLOCK: usize>(
+    left: &Left,
+    right: &Right,
+    adding: Adding,
+    c: &[&Narrow],
 ) -> [Narrow; 4] {
+    // The two elements of a register of halves are as far apart as those of two registers.
+    let half = |i: usize| c[i / 2].map(|pair| f16(element::<2>(pair, i % 2)).to_bits());
+    let c: [Narrow; 4] = std::array::from_fn(|i| if adding.narrow { half(i) } else { *c[i] });
+    let mut sum = [[0; N]; M];
+    for (i, c) in c.iter().enumerate() {
+        for (g, lanes) in c.as_chunks::<4>().0.iter().enumerate() {
+            let (row, first) = place_c(4 * g, i);
+            lanes.iter().enumerate().for_each(|(t, &lane)| sum[row][first + 2 * t] = lane);
+        }
+    }
+    match (left, right) {
+        (Left::Halves(left), Right::Halves(right, k)) => {
+            let mut values = sum.map(|row| row.map(f32::from_bits));
+            add_products::<BLOCK>(left, &right[..*k], &mut values, adding.sums);
+            sum = values.map(|row| row.map(|x| if x.is_nan() { 0x7FFF_FFFF } else { x.to_bits() }));
+        }
+        (Left::Bytes(left), Right::Bytes(right, k)) => {
+            for (left, sum) in left.iter().zip(&mut sum) {
+                for (n, sum) in sum.iter_mut().enumerate() {
+                    let product: i32 = left.iter().zip(&right[..*k]).map(|(a, b)| a * b[n]).sum();
+                    let c = *sum as i32;
+                    let saturated = product.saturating_add(c);
+                    *sum = if adding.satfinite { saturated } else { product.wrapping_add(c) } as u32;
+                }
+            }
+        }
+        _ => unreachable!("the parser checks types"),
+    }
     let mut d = [[0; LANES]; 4];
-    let places = (0..LANES).flat_map(|lane| (0..4).map(move |i| (lane, i, place_c(lane, i))));
-    match types.0 {
-        MatrixType::Bf16 | MatrixType::F16 => {
-            let (left, right) = match types.0 {
-                MatrixType::Bf16 => {
-                    matrices::<2, HALVES_K, f64>([a, b], |x| f64::from(bf16(x)), |x| f64::from(bf16(x)))
-                }
-                _ => matrices::<2, HALVES_K, f64>([a, b], |x| f64::from(f16(x)), |x| f64::from(f16(x))),
-            };
-            let mut sum = [[0.0; N]; M];
-            for (lane, i, (row, column)) in places.clone() {
-                let wide = || f32::from_bits(c[i][lane]);
-                sum[row][column] = if narrow { f16(element::<2>(c, lane, i)) } else { wide() };
-            }
-            add_products::<BLOCK>(&left, &right[..k], &mut sum, sums);
-            for (lane, i, (row, column)) in places {
-                let value = sum[row][column];
-                if narrow {
-                    let half = Format::of(Type::F16).round(f64::from(value), Rounding::Nearest);
-                    d[i / 2][lane] |= half << (16 * (i % 2));
-                } else {
-                    d[i][lane] = if value.is_nan() { 0x7FFF_FFFF } else { value.to_bits() };
-                }
-            }
+    for (i, d) in d.iter_mut().enumerate() {
+        for (g, lanes) in d.as_chunks_mut::<4>().0.iter_mut().enumerate() {
+            let (row, first) = place_c(4 * g, i);
+            lanes.iter_mut().enumerate().for_each(|(t, lane)| *lane = sum[row][first + 2 * t]);
         }
-        MatrixType::S8 | MatrixType::U8 => {
-            let value =
-                |ty| move |bits| if ty == MatrixType::S8 { i32::from(bits as u8 as i8) } else { bits as i32 };
-            let (left, right) = matrices::<4, BYTES_K, i32>([a, b], value(types.0), value(types.1));
-            for (lane, i, (row, column)) in places {
-                let product: i32 = (0..k).map(|k| left[row][k] * right[k][column]).sum();
-                let c = c[i][lane] as i32;
-                let sum = if satfinite { product.saturating_add(c) } else { product.wrapping_add(c) };
-                d[i][lane] = sum as u32;
-            }
-        }
+    }
+    if adding.narrow {
+        let half = |x: u32| Format::of(Type::F16).round(f64::from(f32::from_bits(x)), Rounding::Nearest);
+        let pair = |i: usize| std::array::from_fn(|lane| half(d[i][lane]) | half(d[i + 1][lane]) << 16);
+        [d[0], d[1]] = [pair(0), pair(2)];
     }
     d
 }
 
 /// `sum += left * right`, row by row; `right` has 8 or 16 rows. Where a term is infinite or no number, so is the sum, however it is added.
 fn add_products<const BLOCK: usize>(
-    left: &[[f64; HALVES_K]],
-    right: &[[f64; N]],
+    left: &[[f32; HALVES_K]],
+    right: &[[f32; N]],
     sum: &mut [[f32; N]],
     sums: Sums,
 ) {
     let k = right.len();
-    let before = sum.iter().flatten().map(|&x| f64::from(x));
-    let special = special(left.iter().flatten().chain(right.iter().flatten()).copied().chain(before));
+    let special = [left.as_flattened(), right.as_flattened(), sum.as_flattened()].into_iter().any(special);
     for (left, sum) in left.iter().zip(sum) {
-        let plain = |n: usize, before: f32| {
-            left.iter().zip(right).fold(f64::from(before), |sum, (left, right)| sum + left * right[n])
-        };
+        let left = &left[..k];
         let before = *sum;
         match sums {
-            Sums::Truncated => row_truncated::<BLOCK>(&left[..k], right, sum),
-            Sums::Exact => row_exact(&left[..k], right, sum),
+            Sums::Truncated => {
+                for (left, right) in left.as_chunks::<BLOCK>().0.iter().zip(right.as_chunks::<BLOCK>().0) {
+                    if special {
+                        block_truncated_wide(left, right, sum);
+                    } else {
+                        block_truncated(left, right, sum);
+                    }
+                }
+            }
+            Sums::Exact => row_exact(left, right, sum),
         }
         for n in (0..N).filter(|_| special) {
-            let plain = plain(n, before[n]);
+            let products = left.iter().zip(right).map(|(&left, right)| product(left, right[n]));
+            let plain = products.fold(f64::from(before[n]), |sum, product| sum + product);
             sum[n] = if plain.is_finite() { sum[n] } else { plain as f32 };
         }
     }
 }
 
+/// The product of two halves, without error.
+#[inline(always)]
+fn product(left: f32, right: f32) -> f64 {
+    f64::from(left) * f64::from(right)
+}
+
 /// Is one of the numbers infinite or no number?
-fn special(numbers: impl Iterator<Item = f64>) -> bool {
+fn special(numbers: &[f32]) -> bool {
     // One more in the exponent reaches the sign where all its bits are set.
-    numbers.fold(0, |all, x| all | (x.abs().to_bits() + (1 << 52))) >> 63 == 1
+    numbers.iter().fold(0, |all, x| all | (x.abs().to_bits() + (1 << 23))) >> 31 == 1
 }
 
 /// Terms that `mma` aligns together, on sm_80 (Fasi et al., section 4).
@@ -156,70 +228,74 @@ pub const MMA_BLOCK: usize = 8;
 /// Terms that `wgmma` aligns together, on sm_90: all of an instruction's (arXiv 2512.07004).
 pub const WGMMA_BLOCK: usize = 16;
 
-/// Columns that are added together: as many as the registers of any x86-64 hold.
-const COLUMNS: usize = 4;
-
-/// `sum += left * right`, in blocks, which [`block_truncated`] does.
-fn row_truncated<const BLOCK: usize>(left: &[f64], right: &[[f64; N]], sum: &mut [f32; N]) {
-    for (left, right) in left.as_chunks::<BLOCK>().0.iter().zip(right.as_chunks::<BLOCK>().0) {
-        for first in (0..N).step_by(COLUMNS) {
-            let mut terms = [[0.0; COLUMNS]; BLOCK];
-            for k in 0..BLOCK {
-                for n in 0..COLUMNS {
-                    terms[k][n] = left[k] * right[k][first + n];
-                }
-            }
-            let sum = &mut sum[first..first + COLUMNS];
-            sum.copy_from_slice(&block_truncated(std::array::from_fn(|n| f64::from(sum[n])), &terms));
+/// A number and some products in each column: the magnitudes of all are cut to multiples of one unit, [`FRACTION_BITS`]
+/// below the largest, and added without error; the sum is cut to an f32. All numbers are finite.
+#[inline(always)]
+fn block_truncated<const BLOCK: usize>(left: &[f32; BLOCK], right: &[[f32; N]; BLOCK], sum: &mut [f32; N]) {
+    const EXPONENT: u32 = 0xFF << 23;
+    let mut terms = [[0.0; N]; BLOCK];
+    let mut largest = sum.map(f32::abs);
+    for k in 0..BLOCK {
+        for n in 0..N {
+            terms[k][n] = left[k] * right[k][n];
+            let magnitude = terms[k][n].abs();
+            largest[n] = if magnitude > largest[n] { magnitude } else { largest[n] };
         }
+    }
+    // In this range a product that is no f32 is below the unit, and so is what it is rounded to.
+    let (least, most) = (power_of_two(-100) as f32, power_of_two(100) as f32);
+    if !largest.iter().fold(true, |fits, &largest| fits & (largest >= least) & (largest < most)) {
+        return block_truncated_wide(left, right, sum);
+    }
+    let unit = largest.map(|largest| f32::from_bits((largest.to_bits() & EXPONENT) - (FRACTION_BITS << 23)));
+    let units = unit.map(|unit| f32::from_bits((254 << 23) - unit.to_bits()));
+    // SAFETY: finite, as `largest` is, and below `2^(FRACTION_BITS + 1)` units.
+    let cut_to_units = |term: f32, n: usize| unsafe { (term * units[n]).to_int_unchecked::<i32>() };
+    let mut total: [i32; N] = std::array::from_fn(|n| cut_to_units(sum[n], n));
+    for terms in &terms {
+        for n in 0..N {
+            total[n] += cut_to_units(terms[n], n);
+        }
+    }
+    for n in 0..N {
+        let total = f64::from(total[n]) * f64::from(unit[n]);
+        sum[n] = cut(total);
     }
 }
 
-/// A number and some terms in each column: the magnitudes of all are cut to multiples of one unit, [`FRACTION_BITS`] below
-/// the largest, and added without error; the sum is cut to an f32. All are finite.
+/// The f32 that is nearest on the side of zero, if it is a normal one.
 #[inline(always)]
-fn block_truncated<const BLOCK: usize>(
-    before: [f64; COLUMNS],
-    terms: &[[f64; COLUMNS]; BLOCK],
-) -> [f32; COLUMNS] {
-    const SIGN: u64 = 1 << 63;
+fn cut(value: f64) -> f32 {
+    // The 29 bits of an f64 that an f32 does not have.
+    f64::from_bits(value.to_bits() & !0x1FFF_FFFF) as f32
+}
+
+/// As [`block_truncated`], of numbers of any size.
+#[inline(never)]
+fn block_truncated_wide<const BLOCK: usize>(
+    left: &[f32; BLOCK],
+    right: &[[f32; N]; BLOCK],
+    sum: &mut [f32; N],
+) {
     const EXPONENT: u64 = 0x7FF << 52;
-    // No product of halves is below 2^-300, so neither is a unit; where all terms are 0 any will do.
-    let mut largest = before.map(|before| before.abs().clamp(power_of_two(-300), power_of_two(900)));
-    for terms in terms {
-        for n in 0..COLUMNS {
-            largest[n] = if terms[n].abs() > largest[n] { terms[n].abs() } else { largest[n] };
-        }
+    for (n, sum) in sum.iter_mut().enumerate() {
+        let terms = || (0..BLOCK).map(|k| product(left[k], right[k][n])).chain([f64::from(*sum)]);
+        // No product of halves is below 2^-300, so neither is a unit; where all terms are 0 any will do.
+        let largest = terms().fold(power_of_two(-300), |largest, term| largest.max(term.abs()));
+        let largest = largest.min(power_of_two(900));
+        let below = u64::from(FRACTION_BITS) << 52;
+        let unit = f64::from_bits((largest.to_bits() & EXPONENT) - below);
+        let total = terms().fold(0i64, |total, term| total.wrapping_add((term / unit) as i64));
+        *sum = cut(total as f64 * unit);
     }
-    // Beside so large a number, half of it added so that nothing falls below a power of two, the last bit is a unit: its
-    // bits count units. Terms have 24 bits, so taking away what is less than a half by this little makes the nearest
-    // multiple the one below.
-    let below = u64::from(FRACTION_BITS) << 52;
-    let unit = |largest: f64| f64::from_bits((largest.to_bits() & EXPONENT).wrapping_sub(below));
-    let counter = largest.map(|largest| unit(largest) * 1.5 * power_of_two(52));
-    let half = largest.map(|largest| (unit(largest) * (0.5 - power_of_two(-30))).to_bits());
-    let units =
-        |n: usize, term: f64| (term - f64::from_bits(half[n] | term.to_bits() & SIGN) + counter[n]).to_bits();
-    let mut total: [u64; COLUMNS] = std::array::from_fn(|n| units(n, before[n]));
-    for terms in terms {
-        for n in 0..COLUMNS {
-            total[n] = total[n].wrapping_add(units(n, terms[n]));
-        }
-    }
-    std::array::from_fn(|n| {
-        let total = total[n].wrapping_sub(counter[n].to_bits().wrapping_mul(BLOCK as u64));
-        let total = f64::from_bits(total) - counter[n];
-        // The 29 bits of an f64 that an f32 does not have.
-        f64::from_bits(total.to_bits() & !0x1FFF_FFFF) as f32
-    })
 }
 
 /// `sum += left * right`, rounded once.
 ///
 /// Method: Shewchuk, "Adaptive Precision Floating-Point Arithmetic" (1997): the sum is kept as numbers that do not overlap.
-fn row_exact(left: &[f64], right: &[[f64; N]], sum: &mut [f32; N]) {
+fn row_exact(left: &[f32], right: &[[f32; N]], sum: &mut [f32; N]) {
     for n in 0..N {
-        let products = left.iter().zip(right).map(|(left, right)| left * right[n]);
+        let products = left.iter().zip(right).map(|(&left, right)| product(left, right[n]));
         let terms = products.chain([f64::from(sum[n])]);
         // Most sums fit an f64.
         let (mut total, mut lost) = (0.0, false);
@@ -297,8 +373,8 @@ mod tests {
 
     fn dot_in<const BLOCK: usize>(left: &[f32], right: &[f32], c: f32, sums: Sums) -> f32 {
         let mut row = [0.0; HALVES_K];
-        row.iter_mut().zip(left).for_each(|(to, &from)| *to = f64::from(from));
-        let mut right: Vec<[f64; N]> = right.iter().map(|&value| [f64::from(value); N]).collect();
+        row[..left.len()].copy_from_slice(left);
+        let mut right: Vec<[f32; N]> = right.iter().map(|&value| [value; N]).collect();
         right.resize(right.len().next_multiple_of(BLOCK), [0.0; N]);
         let mut sum = [[c; N]];
         add_products::<BLOCK>(&[row], &right, &mut sum, sums);
@@ -339,6 +415,26 @@ mod tests {
     }
 
     proptest! {
+        /// Numbers of all sizes, near ones and such as an f32 has no product of.
+        #[test]
+        fn sums_in_range_are_those_of_any_size(
+            seed in proptest::collection::vec(any::<u16>(), 16), right in proptest::collection::vec(any::<u16>(), 16 * N),
+            c in any::<[u16; N]>(), centre in 0u16..255, spread in 1u16..32, half in any::<bool>(),
+        ) {
+            let number = |bits: u16| match half {
+                true => f16(u32::from(bits & 0xBFFF)),
+                false => bf16(u32::from(bits & 0x807F | (centre + bits / 128 % spread).min(254) << 7)),
+            };
+            let left: [f32; 16] = std::array::from_fn(|k| number(seed[k]));
+            let right: [[f32; N]; 16] = std::array::from_fn(|k| std::array::from_fn(|n| number(right[N * k + n])));
+            let mut sum = c.map(|c| number(c) * number(c));
+            prop_assume!(sum.iter().all(|sum| sum.is_finite()));
+            let mut wide = sum;
+            block_truncated(&left, &right, &mut sum);
+            block_truncated_wide(&left, &right, &mut wide);
+            prop_assert_eq!(sum.map(f32::to_bits), wide.map(f32::to_bits));
+        }
+
         #[test]
         fn sums_are_near_the_sum(
             left in proptest::collection::vec(-2f32..2.0, 16), right in proptest::collection::vec(-2f32..2.0, 16), c in -4f32..4.0,

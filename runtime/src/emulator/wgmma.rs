@@ -10,10 +10,11 @@
 
 use super::access::{Checked, Reach, Run, lanes, of_warp};
 use super::arithmetic::{LANES, Lanes, Narrow};
+use super::matrix::{Adding, Left, Right, WGMMA_BLOCK, multiply};
 use super::program::Step;
 use super::race::{How, Proxy, Stamp};
 use super::warp::Warp;
-use super::{Fault, Sums, matrix};
+use super::{Fault, Sums};
 use crate::ptx::{MatrixA, MatrixType, Reg, Space, Wgmma};
 use crate::tensor_map::Swizzle;
 
@@ -208,8 +209,12 @@ pub fn run(warps: &mut [Warp], step: &Step, wgmma: &Wgmma, reach: &mut Reach<'_>
         if all { Descriptor::new(bits) } else { Err("its lanes disagree on a descriptor") }.map_err(wrong)
     };
     let b = gather(warps, step, descriptor(wgmma.b)?, (n, wgmma.trans_b), reach)?;
-    let b: Vec<[Narrow; 2]> =
-        b.chunks_exact(8).map(|rows| fragment(rows, |register| (0, 16 * register))).collect();
+    // Of 8 columns each.
+    let right = |rows: &[[u8; K_BYTES]]| {
+        let [low, high] = fragment(rows, |register| (0, 16 * register));
+        Right::new(types.1, &[&low, &high])
+    };
+    let rights: Vec<Right> = b.chunks_exact(8).map(right).collect();
     let a = match &wgmma.a {
         MatrixA::Registers(_) => None,
         MatrixA::Shared(reg, trans) => Some(gather(warps, step, descriptor(*reg)?, (M, *trans), reach)?),
@@ -227,17 +232,16 @@ pub fn run(warps: &mut [Warp], step: &Step, wgmma: &Wgmma, reach: &mut Reach<'_>
         if wgmma.negate.0 != wgmma.negate.1 {
             a.iter_mut().flatten().for_each(|pair| *pair ^= 0x8000_8000);
         }
-        let a: Vec<&Narrow> = a.iter().collect();
-        for (b, registers) in b.iter().zip(wgmma.d.chunks_exact(4)) {
+        let left = Left::new(types.0, &a.each_ref());
+        let adding = Adding { narrow: false, satfinite: wgmma.satfinite, sums };
+        for (right, registers) in rights.iter().zip(wgmma.d.chunks_exact(4)) {
             let mut c = [[0; LANES]; 4];
             if adds {
                 for (c, &reg) in c.iter_mut().zip(registers) {
                     *c = *warp.defined_narrow(reg).ok_or_else(|| wrong("an accumulator is not defined"))?;
                 }
             }
-            let (b, c): (Vec<&Narrow>, Vec<&Narrow>) = (b.iter().collect(), c.iter().collect());
-            let d =
-                matrix::mma::<{ matrix::WGMMA_BLOCK }>(k, types, false, wgmma.satfinite, sums, [&a, &b, &c]);
+            let d = multiply::<WGMMA_BLOCK>(&left, right, adding, &c.each_ref());
             for (&reg, value) in registers.iter().zip(d) {
                 warp.put(u32::MAX, reg, Lanes::Narrow(value));
             }
