@@ -3,7 +3,7 @@
 use super::arithmetic::{LANES, Wide};
 use super::cluster::{self, ClusterBarrier, Landing, SharedMemory};
 use super::counts::KernelCounts;
-use super::memory::Memory;
+use super::memory::{Bytes, Memory};
 use super::program::Program;
 use super::race::{Cell, Conflict, How, Knowledge, Reason, Shadow, WHOLE};
 use super::{Fault, Party};
@@ -182,26 +182,39 @@ pub fn lanes(mut mask: u32) -> impl Iterator<Item = u32> {
 }
 
 impl Reach<'_> {
-    /// Where so many bytes are.
-    fn find(&self, space: Space, address: u64, bytes: usize) -> Result<Spot, Fault> {
-        let of = |len: usize, what: &str| match address.checked_add(bytes as u64) {
-            Some(end) if end <= len as u64 => Ok(address as usize..end as usize),
-            _ => {
-                let near = format!("{what} {len} bytes");
-                Err(Fault::OutOfBounds { space, address, bytes: bytes as u32, near })
-            }
+    /// Where so many bytes are; `None`: nowhere.
+    #[inline(always)]
+    fn place(&self, space: Space, address: u64, bytes: usize) -> Option<Spot> {
+        let of = |len: usize| {
+            let end = address.checked_add(bytes as u64).filter(|&end| end <= len as u64)?;
+            Some(address as usize..end as usize)
         };
         match space {
-            Space::Shared => of(self.cluster[self.rank].bytes.len(), "the CTA has")
-                .map(|range| Spot::Shared(self.rank, range)),
-            Space::SharedCluster => self.find_in_cluster(address, bytes),
+            Space::Shared => of(self.own_bytes().len()).map(|range| Spot::Shared(self.rank, range)),
+            Space::SharedCluster => self.find_in_cluster(address, bytes).ok(),
             Space::Global => {
-                self.memory.locate(address, bytes).map(|(index, range)| Spot::Global(index, range))
+                self.memory.find(address, bytes).map(|(index, range)| Spot::Global(index, range))
             }
-            Space::Param | Space::Const | Space::Generic => {
-                of(self.params.len(), "there are").map(Spot::Params)
-            }
+            Space::Param | Space::Const | Space::Generic => of(self.params.len()).map(Spot::Params),
         }
+    }
+
+    /// What is wrong where so many bytes are nowhere.
+    fn outside(&self, space: Space, address: u64, bytes: u32) -> Fault {
+        let near = match space {
+            Space::Shared => format!("the CTA has {} bytes", self.own_bytes().len()),
+            Space::SharedCluster => match self.find_in_cluster(address, bytes as usize) {
+                Err(fault) => return fault,
+                Ok(_) => unreachable!("it is nowhere"),
+            },
+            Space::Global => self.memory.near(address),
+            Space::Param | Space::Const | Space::Generic => format!("there are {} bytes", self.params.len()),
+        };
+        Fault::OutOfBounds { space, address, bytes, near }
+    }
+
+    fn own_bytes(&self) -> &Bytes {
+        &self.cluster[self.rank].bytes
     }
 
     /// The shared memory of the own CTA.
@@ -225,15 +238,23 @@ impl Reach<'_> {
     }
 
     /// Where the bytes of a run are, `bytes` a lane; if they are nowhere, the lane that is wrong.
+    #[inline]
     pub fn spot(&self, space: Space, run: Run, bytes: u32) -> Checked<Spot> {
-        self.find(space, run.address, run.len(bytes)).map_err(|whole| {
-            let lane = |at: u32| {
-                let address = run.address.wrapping_add(u64::from(at * run.stride));
-                Some(at_lane(run.first + at, self.find(space, address, bytes as usize).err()?))
-            };
-            // With guards between allocations one lane at least is outside.
-            (0..run.lanes).find_map(lane).unwrap_or_else(|| at_lane(run.first, whole))
-        })
+        match self.place(space, run.address, run.len(bytes)) {
+            Some(spot) => Ok(spot),
+            None => Err(self.nowhere(space, run, bytes)),
+        }
+    }
+
+    #[cold]
+    fn nowhere(&self, space: Space, run: Run, bytes: u32) -> Box<Found> {
+        let address = |at: u32| run.address.wrapping_add(u64::from(at * run.stride));
+        // With guards between allocations one lane at least is outside.
+        let outside = |&at: &u32| self.place(space, address(at), bytes as usize).is_none();
+        match (0..run.lanes).find(outside) {
+            Some(at) => at_lane(run.first + at, self.outside(space, address(at), bytes)),
+            None => at_lane(run.first, self.outside(space, run.address, run.len(bytes) as u32)),
+        }
     }
 
     /// Is the access ordered with those before it? It is remembered for those to come.

@@ -3,7 +3,7 @@
 use super::access::{
     Access, Checked, PARAM_WINDOW, Reach, Run, SHARED_WINDOW, Spot, at_lane, lanes, of_warp,
 };
-use super::arithmetic::{self as math, LANES, Lanes, Source, Wide};
+use super::arithmetic::{self as math, LANES, Lanes, Narrow, Source, Wide};
 use super::cluster;
 use super::grid::Random;
 use super::matrix;
@@ -36,8 +36,10 @@ pub struct AsyncCopy {
     lane: u32,
     /// The lane's group that it is in.
     group: u32,
-    to: u64,
-    from: u64,
+    /// Where in the CTA's shared memory.
+    to: usize,
+    /// The allocation and where in it; of no meaning if nothing is read.
+    from: (usize, usize),
     bytes: u32,
     /// How many it reads; the others become zeros.
     read: u32,
@@ -277,11 +279,18 @@ impl Warp {
             Op::Mma { k, a_ty, b_ty, narrow, satfinite, d, a, b, c } => {
                 self.together(active)?;
                 reach.counts.matrix_macs += u64::from(16 * 8 * k);
-                let [a, b, c] =
-                    [a, b, c].map(|part| part.iter().map(|&reg| self.narrow(reg)).collect::<Vec<_>>());
-                let (left, right) = (matrix::Left::new(*a_ty, &a), matrix::Right::new(*b_ty, &b));
+                let registers = |part: &[Reg]| -> [&Narrow; 4] {
+                    std::array::from_fn(|at| self.narrow(part[at.min(part.len() - 1)]))
+                };
+                let left = matrix::Left::new(*a_ty, &registers(a)[..a.len()]);
+                let right = matrix::Right::new(*b_ty, &registers(b)[..b.len()]);
                 let adding = matrix::Adding { narrow: *narrow, satfinite: *satfinite, sums };
-                let value = matrix::multiply::<{ matrix::MMA_BLOCK }>(&left, &right, adding, &c);
+                let value = matrix::multiply::<{ matrix::MMA_BLOCK }>(
+                    &left,
+                    &right,
+                    adding,
+                    &registers(c)[..c.len()],
+                );
                 for (&d, value) in d.iter().zip(value) {
                     self.put(active, d, Lanes::Narrow(value));
                 }
@@ -298,25 +307,7 @@ impl Warp {
                 reach.count(&to, true);
                 // Bytes may land at once, or as late as the wait for them.
                 let early = random.below(2) == 0;
-                for lane in lanes(active) {
-                    let at = lane as usize;
-                    let read = size.map_or(*bytes, |size| self.narrow(size)[at].min(*bytes));
-                    let (to, from) = (to.addresses[at], from.addresses[at]);
-                    let copy = AsyncCopy {
-                        lane,
-                        group: self.groups[at],
-                        to,
-                        from,
-                        bytes: *bytes,
-                        read,
-                        landed: early,
-                    };
-                    self.request(&copy, step.pc, reach)?;
-                    if early {
-                        copy.land(reach)?;
-                    }
-                    self.copies.push(copy);
-                }
+                self.copy(step.pc, [to, from], *size, early, reach)?;
             }
             Op::CopyCommit => lanes(active).for_each(|lane| self.groups[lane as usize] += 1),
             Op::CopyWait(keep) => self.finish_copies(active, *keep, reach)?,
@@ -575,24 +566,68 @@ impl Warp {
             if !copy.landed {
                 copy.land(reach)?;
             }
-            let (offset, bytes) = (copy.to as usize, copy.bytes as usize);
-            reach.own().shadow.settle(&self.knowledge, copy.lane, offset, bytes);
+            reach.own().shadow.settle(&self.knowledge, copy.lane, copy.to, copy.bytes as usize);
         }
         Ok(())
     }
 
-    /// An asynchronous copy begins: its target is nobody's until it is waited for.
-    fn request(&self, copy: &AsyncCopy, pc: u16, reach: &mut Reach<'_>) -> Checked<()> {
-        // Any number of bytes may be read, in pieces as large as an access may have.
-        let piece = 1 << copy.read.trailing_zeros().min(4);
-        for at in (0..copy.read).step_by(piece as usize) {
-            let run = Run::one(copy.lane, copy.from + u64::from(at));
-            let spot = reach.spot(Space::Global, run, piece)?;
-            reach.watch(&spot, run, piece, How { pc, ..How::default() }, &self.knowledge)?;
+    /// Asynchronous copies begin: their targets are nobody's until they are waited for.
+    fn copy(
+        &mut self,
+        pc: u16,
+        [to, from]: [Access; 2],
+        size: Option<Reg>,
+        early: bool,
+        reach: &mut Reach<'_>,
+    ) -> Checked<()> {
+        let bytes = to.bytes;
+        let read: Narrow =
+            std::array::from_fn(|lane| size.map_or(bytes, |size| self.narrow(size)[lane].min(bytes)));
+        let whole = lanes(from.mask).filter(|&lane| read[lane as usize] == bytes).fold(0, |m, l| m | 1 << l);
+        let mut sources = [(0, 0); LANES];
+        let mut request = |run: Run, bytes: u32, reach: &mut Reach<'_>| -> Checked<()> {
+            let spot = reach.spot(Space::Global, run, bytes)?;
+            reach.watch(&spot, run, bytes, How { pc, ..How::default() }, &self.knowledge)?;
+            if let Spot::Global(allocation, range) = spot {
+                for at in 0..run.lanes {
+                    sources[(run.first + at) as usize] = (allocation, range.start + (at * bytes) as usize);
+                }
+            }
+            Ok(())
+        };
+        for run in (Access { mask: whole, ..from }).runs(false) {
+            request(run, bytes, reach)?;
         }
-        let (run, spot) = copy.target(reach)?;
+        for lane in lanes(from.mask & !whole) {
+            // Any number of bytes may be read, in pieces as large as an access may have; the first is asked for last.
+            let read = read[lane as usize];
+            let piece = 1 << read.trailing_zeros().min(4);
+            for at in (0..read).step_by(piece as usize).rev() {
+                let run = Run::one(lane, from.addresses[lane as usize] + u64::from(at));
+                request(run, piece, reach)?;
+            }
+        }
         let how = How { write: true, in_flight: true, pc, ..How::default() };
-        reach.watch(&spot, run, copy.bytes, how, &self.knowledge)
+        for lane in lanes(to.mask) {
+            let at = lane as usize;
+            let run = Run::one(lane, to.addresses[at]);
+            let spot = reach.spot(Space::Shared, run, bytes)?;
+            reach.watch(&spot, run, bytes, how, &self.knowledge)?;
+            let copy = AsyncCopy {
+                lane,
+                group: self.groups[at],
+                to: to.addresses[at] as usize,
+                from: sources[at],
+                bytes,
+                read: read[at],
+                landed: early,
+            };
+            if early {
+                copy.land(reach)?;
+            }
+            self.copies.push(copy);
+        }
+        Ok(())
     }
 
     /// Row `r` of matrix `j` starts at the address that lane `8 j + r` has (PTX ISA, "ldmatrix").
@@ -607,23 +642,28 @@ impl Warp {
         let rows = ALL >> (LANES - 8 * d.len());
         let access = Access::new(Space::Shared, self.addresses(address), rows, 16)?;
         reach.count(&access, false);
-        let mut rows = [[[0u16; 8]; 8]; 4];
+        let mut rows = [[[0; 16]; 8]; 4];
         for run in access.runs(false) {
             let spot = reach.spot(Space::Shared, run, 16)?;
             reach.watch(&spot, run, 16, How { whole: true, pc, ..How::default() }, &self.knowledge)?;
             let from = reach.read(&spot, run, 16)?;
             let rows = &mut rows.as_flattened_mut()[run.first as usize..];
-            for (row, from) in rows.iter_mut().zip(from.chunks_exact(16)) {
-                *row = std::array::from_fn(|at| u16::from_le_bytes([from[2 * at], from[2 * at + 1]]));
-            }
+            rows.iter_mut().zip(from.as_chunks().0).for_each(|(row, from)| *row = *from);
         }
         for (rows, &d) in rows.iter().zip(d) {
-            let half = |(row, column): (usize, usize)| u32::from(rows[row][column]);
-            let mut value = [0; LANES];
-            for (lane, value) in value.iter_mut().enumerate() {
-                let [low, high] = matrix::place_ldmatrix(lane, trans);
-                *value = half(high) << 16 | half(low);
-            }
+            let half = |(row, column): (usize, usize)| {
+                u32::from(u16::from_le_bytes([rows[row][2 * column], rows[row][2 * column + 1]]))
+            };
+            let value = if trans {
+                std::array::from_fn(|lane| {
+                    let [low, high] = matrix::place_ldmatrix(lane, trans);
+                    half(high) << 16 | half(low)
+                })
+            } else {
+                // A lane behind the other, as they lie.
+                let pairs = rows.as_flattened().as_chunks().0;
+                std::array::from_fn(|lane| u32::from_le_bytes(pairs[lane]))
+            };
             self.put(ALL, d, Lanes::Narrow(value));
         }
         Ok(())
@@ -663,27 +703,17 @@ impl Warp {
 }
 
 impl AsyncCopy {
-    /// Where it reads, if it does.
-    fn source(&self, reach: &Reach<'_>) -> Checked<Option<(Run, Spot)>> {
-        let run = Run::one(self.lane, self.from);
-        let found = || reach.spot(Space::Global, run, self.read).map(|spot| (run, spot));
-        (self.read > 0).then(found).transpose()
-    }
-
-    /// Where it writes.
-    fn target(&self, reach: &Reach<'_>) -> Checked<(Run, Spot)> {
-        let run = Run::one(self.lane, self.to);
-        reach.spot(Space::Shared, run, self.bytes).map(|spot| (run, spot))
-    }
-
     /// Its bytes arrive, zeros for those that it does not read.
     fn land(&self, reach: &mut Reach<'_>) -> Checked<()> {
         let mut data = [0; 16];
-        if let Some((run, spot)) = self.source(reach)? {
+        let run = Run::one(self.lane, self.to as u64);
+        if self.read > 0 {
+            let (allocation, start) = self.from;
+            let spot = Spot::Global(allocation, start..start + self.read as usize);
             data[..self.read as usize].copy_from_slice(reach.read(&spot, run, self.read)?);
             reach.counts.moved(Space::Global, false, u64::from(self.read));
         }
-        let (run, spot) = self.target(reach)?;
+        let spot = Spot::Shared(reach.rank, self.to..self.to + self.bytes as usize);
         reach.write(&spot, run, &data[..self.bytes as usize])
     }
 }

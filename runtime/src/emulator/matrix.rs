@@ -20,6 +20,8 @@ const N: usize = 8;
 const HALVES_K: usize = 16;
 /// The most that K is where they have 8.
 const BYTES_K: usize = 32;
+/// Bytes of k of a row of a `wgmma`: 16 elements of 16 bits or 32 of 8.
+pub const K_BYTES: usize = 32;
 /// Bits below the largest term's leading one that take part in a sum.
 const FRACTION_BITS: u32 = 24;
 
@@ -50,24 +52,53 @@ fn element<const PER: usize>(register: u32, part: usize) -> u32 {
 
 /// A as numbers.
 pub enum Left {
-    Halves([[f32; HALVES_K]; M]),
-    Bytes([[i32; BYTES_K]; M]),
+    /// And whether one of them is infinite or no number.
+    Halves([[f32; HALVES_K]; M], bool),
+    Bytes([[i16; BYTES_K]; M]),
 }
 
 /// B as numbers; as many rows as K is count.
 pub enum Right {
-    Halves([[f32; N]; HALVES_K], usize),
-    Bytes([[i32; N]; BYTES_K], usize),
+    /// And whether one of them is infinite or no number.
+    Halves([[f32; N]; HALVES_K], bool, usize),
+    Bytes([[i16; N]; BYTES_K], usize),
+}
+
+/// Elements of 8 bits as numbers.
+fn byte(ty: MatrixType) -> impl Fn(u32) -> i16 {
+    move |x| if ty == MatrixType::S8 { i16::from(x as u8 as i8) } else { x as i16 }
 }
 
 impl Left {
     /// Of a fragment.
     pub fn new(ty: MatrixType, a: &[&Narrow]) -> Left {
         match ty {
-            MatrixType::Bf16 => Left::Halves(left::<2, HALVES_K, f32>(a, bf16)),
-            MatrixType::F16 => Left::Halves(left::<2, HALVES_K, f32>(a, f16)),
-            MatrixType::S8 => Left::Bytes(left::<4, BYTES_K, i32>(a, |x| i32::from(x as u8 as i8))),
-            MatrixType::U8 => Left::Bytes(left::<4, BYTES_K, i32>(a, |x| x as i32)),
+            MatrixType::Bf16 => Left::halves(left::<2, HALVES_K, f32>(a, bf16)),
+            MatrixType::F16 => Left::halves(left::<2, HALVES_K, f32>(a, f16)),
+            MatrixType::S8 | MatrixType::U8 => Left::Bytes(left::<4, BYTES_K, i16>(a, byte(ty))),
+        }
+    }
+
+    /// Of rows with their bytes of k.
+    pub fn of_rows(ty: MatrixType, rows: &[[u8; K_BYTES]; M]) -> Left {
+        match ty {
+            MatrixType::Bf16 => Left::halves(rows.map(|row| numbers::<2, HALVES_K, f32>(&row, bf16))),
+            MatrixType::F16 => Left::halves(rows.map(|row| numbers::<2, HALVES_K, f32>(&row, f16))),
+            MatrixType::S8 | MatrixType::U8 => {
+                Left::Bytes(rows.map(|row| numbers::<4, BYTES_K, i16>(&row, byte(ty))))
+            }
+        }
+    }
+
+    fn halves(rows: [[f32; HALVES_K]; M]) -> Left {
+        Left::Halves(rows, special(rows.as_flattened()))
+    }
+
+    /// All with the other sign.
+    pub fn negate(&mut self) {
+        match self {
+            Left::Halves(rows, _) => rows.as_flattened_mut().iter_mut().for_each(|x| *x = -*x),
+            Left::Bytes(rows) => rows.as_flattened_mut().iter_mut().for_each(|x| *x = -*x),
         }
     }
 }
@@ -77,14 +108,52 @@ impl Right {
     pub fn new(ty: MatrixType, b: &[&Narrow]) -> Right {
         let (halves_k, bytes_k) = (HALVES_K / 2 * b.len(), BYTES_K / 2 * b.len());
         match ty {
-            MatrixType::Bf16 => Right::Halves(right::<2, HALVES_K, f32>(b, bf16), halves_k),
-            MatrixType::F16 => Right::Halves(right::<2, HALVES_K, f32>(b, f16), halves_k),
-            MatrixType::S8 => {
-                Right::Bytes(right::<4, BYTES_K, i32>(b, |x| i32::from(x as u8 as i8)), bytes_k)
-            }
-            MatrixType::U8 => Right::Bytes(right::<4, BYTES_K, i32>(b, |x| x as i32), bytes_k),
+            MatrixType::Bf16 => Right::halves(right::<2, HALVES_K, f32>(b, bf16), halves_k),
+            MatrixType::F16 => Right::halves(right::<2, HALVES_K, f32>(b, f16), halves_k),
+            MatrixType::S8 | MatrixType::U8 => Right::Bytes(right::<4, BYTES_K, i16>(b, byte(ty)), bytes_k),
         }
     }
+
+    /// Of columns with their bytes of k.
+    pub fn of_columns(ty: MatrixType, columns: &[[u8; K_BYTES]; N]) -> Right {
+        let halves = |of: fn(u32) -> f32| {
+            Right::halves(turned(&columns.map(|column| numbers::<2, HALVES_K, f32>(&column, of))), HALVES_K)
+        };
+        match ty {
+            MatrixType::Bf16 => halves(bf16),
+            MatrixType::F16 => halves(f16),
+            MatrixType::S8 | MatrixType::U8 => {
+                let columns = columns.map(|column| numbers::<4, BYTES_K, i16>(&column, byte(ty)));
+                Right::Bytes(turned(&columns), BYTES_K)
+            }
+        }
+    }
+
+    fn halves(rows: [[f32; N]; HALVES_K], k: usize) -> Right {
+        Right::Halves(rows, special(rows.as_flattened()), k)
+    }
+}
+
+/// A row of a matrix, from its bytes.
+fn numbers<const PER: usize, const K: usize, T: Copy + Default>(
+    bytes: &[u8; K_BYTES],
+    of: impl Fn(u32) -> T,
+) -> [T; K] {
+    let mut row = [T::default(); K];
+    for (to, &word) in row.chunks_exact_mut(PER).zip(bytes.as_chunks::<4>().0) {
+        let word = u32::from_le_bytes(word);
+        to.iter_mut().enumerate().for_each(|(part, to)| *to = of(element::<PER>(word, part)));
+    }
+    row
+}
+
+/// Columns as rows.
+fn turned<const K: usize, T: Copy + Default>(columns: &[[T; K]; N]) -> [[T; N]; K] {
+    let mut rows = [[T::default(); N]; K];
+    for (k, row) in rows.iter_mut().enumerate() {
+        row.iter_mut().zip(columns).for_each(|(to, column)| *to = column[k]);
+    }
+    rows
 }
 
 /// The four lanes of a group hold elements of a row, one behind the other.
@@ -147,15 +216,18 @@ pub fn multiply<const BLOCK: usize>(
         }
     }
     match (left, right) {
-        (Left::Halves(left), Right::Halves(right, k)) => {
+        (Left::Halves(left, special_left), Right::Halves(right, special_right, k)) => {
             let mut values = sum.map(|row| row.map(f32::from_bits));
-            add_products::<BLOCK>(left, &right[..*k], &mut values, adding.sums);
+            let special = *special_left || *special_right;
+            add_products::<BLOCK>((left, &right[..*k], special), &mut values, adding.sums);
             sum = values.map(|row| row.map(|x| if x.is_nan() { 0x7FFF_FFFF } else { x.to_bits() }));
         }
         (Left::Bytes(left), Right::Bytes(right, k)) => {
             for (left, sum) in left.iter().zip(&mut sum) {
                 for (n, sum) in sum.iter_mut().enumerate() {
-                    let product: i32 = left.iter().zip(&right[..*k]).map(|(a, b)| a * b[n]).sum();
+                    let products =
+                        left.iter().zip(&right[..*k]).map(|(&a, b)| i32::from(a) * i32::from(b[n]));
+                    let product: i32 = products.sum();
                     let c = *sum as i32;
                     let saturated = product.saturating_add(c);
                     *sum = if adding.satfinite { saturated } else { product.wrapping_add(c) } as u32;
@@ -179,15 +251,15 @@ pub fn multiply<const BLOCK: usize>(
     d
 }
 
-/// `sum += left * right`, row by row; `right` has 8 or 16 rows. Where a term is infinite or no number, so is the sum, however it is added.
+/// `sum += left * right`, row by row; `right` has 8 or 16 rows. Where a term is infinite or no number, so is the sum, however it
+/// is added; the third says whether a factor is.
 fn add_products<const BLOCK: usize>(
-    left: &[[f32; HALVES_K]],
-    right: &[[f32; N]],
+    (left, right, special_factors): (&[[f32; HALVES_K]], &[[f32; N]], bool),
     sum: &mut [[f32; N]],
     sums: Sums,
 ) {
     let k = right.len();
-    let special = [left.as_flattened(), right.as_flattened(), sum.as_flattened()].into_iter().any(special);
+    let special = special_factors || special(sum.as_flattened());
     for (left, sum) in left.iter().zip(sum) {
         let left = &left[..k];
         let before = *sum;
@@ -247,19 +319,22 @@ fn block_truncated<const BLOCK: usize>(left: &[f32; BLOCK], right: &[[f32; N]; B
     if !largest.iter().fold(true, |fits, &largest| fits & (largest >= least) & (largest < most)) {
         return block_truncated_wide(left, right, sum);
     }
-    let unit = largest.map(|largest| f32::from_bits((largest.to_bits() & EXPONENT) - (FRACTION_BITS << 23)));
-    let units = unit.map(|unit| f32::from_bits((254 << 23) - unit.to_bits()));
-    // SAFETY: finite, as `largest` is, and below `2^(FRACTION_BITS + 1)` units.
-    let cut_to_units = |term: f32, n: usize| unsafe { (term * units[n]).to_int_unchecked::<i32>() };
-    let mut total: [i32; N] = std::array::from_fn(|n| cut_to_units(sum[n], n));
-    for terms in &terms {
-        for n in 0..N {
-            total[n] += cut_to_units(terms[n], n);
+    let (mut unit, mut units) = ([0.0; N], [0.0; N]);
+    for n in 0..N {
+        unit[n] = f32::from_bits((largest[n].to_bits() & EXPONENT) - (FRACTION_BITS << 23));
+        units[n] = f32::from_bits((254 << 23) - unit[n].to_bits());
+    }
+    let mut total = [0; N];
+    for n in 0..N {
+        // SAFETY: finite, as `largest` is, and below `2^(FRACTION_BITS + 1)` units.
+        let in_units = |term: f32| unsafe { (term * units[n]).to_int_unchecked::<i32>() };
+        total[n] = in_units(sum[n]);
+        for terms in &terms {
+            total[n] += in_units(terms[n]);
         }
     }
     for n in 0..N {
-        let total = f64::from(total[n]) * f64::from(unit[n]);
-        sum[n] = cut(total);
+        sum[n] = cut(f64::from(total[n]) * f64::from(unit[n]));
     }
 }
 
@@ -377,7 +452,8 @@ mod tests {
         let mut right: Vec<[f32; N]> = right.iter().map(|&value| [value; N]).collect();
         right.resize(right.len().next_multiple_of(BLOCK), [0.0; N]);
         let mut sum = [[c; N]];
-        add_products::<BLOCK>(&[row], &right, &mut sum, sums);
+        let factors = special(&row) || special(right.as_flattened());
+        add_products::<BLOCK>((&[row], &right, factors), &mut sum, sums);
         let [sum] = sum;
         assert!(sum.iter().all(|value| value.to_bits() == sum[0].to_bits()));
         sum[0]

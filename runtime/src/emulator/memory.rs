@@ -1,9 +1,7 @@
 //! Bytes that know whether they were written, and global memory made of them.
 
-use super::Fault;
 use super::race::Shadow;
 use crate::map::FileBytes;
-use crate::ptx::Space;
 use std::fmt;
 use std::ops::Range;
 
@@ -270,22 +268,12 @@ impl Memory {
     }
 
     /// The allocation that holds all of so many bytes, and where they are in it.
-    fn find(&self, address: u64, bytes: usize) -> Option<(usize, Range<usize>)> {
+    pub(super) fn find(&self, address: u64, bytes: usize) -> Option<(usize, Range<usize>)> {
         let index = self.allocations.partition_point(|a| a.address <= address).checked_sub(1)?;
         let allocation = &self.allocations[index];
         let start = usize::try_from(address - allocation.address).ok()?;
         let end = start.checked_add(bytes).filter(|&end| end <= allocation.bytes.len())?;
         Some((index, start..end))
-    }
-
-    /// As [`Memory::find`], for a kernel.
-    pub(super) fn locate(&self, address: u64, bytes: usize) -> Result<(usize, Range<usize>), Fault> {
-        self.find(address, bytes).ok_or_else(|| Fault::OutOfBounds {
-            space: Space::Global,
-            address,
-            bytes: bytes as u32,
-            near: self.near(address),
-        })
     }
 
     /// The bytes of an allocation.
@@ -309,7 +297,7 @@ impl Memory {
     }
 
     /// Where an address lies, seen from the nearest allocation.
-    fn near(&self, address: u64) -> String {
+    pub(super) fn near(&self, address: u64) -> String {
         let nearest = self.allocations.iter().min_by_key(|a| {
             let end = a.address + a.bytes.len() as u64;
             if address < a.address { a.address - address } else { address.saturating_sub(end) }
@@ -354,15 +342,10 @@ mod tests {
         memory.write(a + 96, &[7; 4]);
         assert_eq!(memory.read(a + 98, 2), [7, 7]);
         assert_eq!(memory.read(b, 2), [2, 3]);
-        let near = |address| memory.locate(address, 4).unwrap_err().to_string();
-        assert_eq!(
-            near(a + 104),
-            format!(
-                "4 bytes of global memory at {:#x}: 4 bytes behind the end of `a`, which has 100",
-                a + 104
-            )
-        );
-        assert!(near(a + 98).contains("at byte 98 of `a`, which has 100"));
-        assert!(near(b - 8).contains("8 bytes before `b`"));
+        assert_eq!(memory.find(a + 96, 4), Some((0, 96..100)));
+        assert!(memory.find(a + 98, 4).is_none() && memory.find(b - 8, 4).is_none());
+        assert_eq!(memory.near(a + 104), "4 bytes behind the end of `a`, which has 100");
+        assert_eq!(memory.near(a + 98), "at byte 98 of `a`, which has 100");
+        assert_eq!(memory.near(b - 8), "8 bytes before `b`");
     }
 }

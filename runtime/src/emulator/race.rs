@@ -483,29 +483,52 @@ pub struct Conflict {
 /// A cell that an access may not meet; whether it wrote; why.
 type Found = (Cell, bool, Reason);
 
-/// Cells of consecutive bytes, one for each granule of them: as few as the accesses so far allow.
+/// Cells of consecutive bytes, for each granule of them: as few as the accesses so far allow.
 #[derive(Clone, Debug)]
 struct Page {
-    /// Bytes of a granule, a power of two. No access to the page is smaller.
-    granule: usize,
-    writes: Vec<Cell>,
-    /// As many cells for each slot.
-    reads: Vec<Vec<Cell>>,
+    /// Bytes of a granule, as a power of two. No access to the page is smaller.
+    granule: u32,
+    /// Cells of a granule: the last write, and the reads by slot.
+    stride: usize,
+    cells: Vec<Cell>,
 }
 
 impl Page {
     fn new(slots: usize) -> Page {
-        let cells = vec![Cell::default(); PAGE_BYTES / LARGEST_GRANULE];
-        Page { granule: LARGEST_GRANULE, reads: vec![cells.clone(); slots], writes: cells }
+        let stride = 1 + slots;
+        let cells = vec![Cell::default(); PAGE_BYTES / LARGEST_GRANULE * stride];
+        Page { granule: LARGEST_GRANULE.ilog2(), stride, cells }
     }
 
     /// Makes granules as small as an access of so many bytes.
     fn refine(&mut self, bytes: usize) {
-        let times = self.granule / bytes;
-        for cells in self.reads.iter_mut().chain([&mut self.writes]) {
-            *cells = cells.iter().flat_map(|cell| std::iter::repeat_n(*cell, times)).collect();
+        let times = (1 << self.granule) / bytes;
+        let cells = self.cells.chunks_exact(self.stride);
+        self.cells = cells.flat_map(|cells| std::iter::repeat_n(cells, times)).flatten().copied().collect();
+        self.granule = bytes.ilog2();
+    }
+
+    /// Makes room for slots up to one.
+    fn grow(&mut self, slot: usize) {
+        let stride = slot + 2;
+        let mut grown = vec![Cell::default(); self.cells.len() / self.stride * stride];
+        for (to, from) in grown.chunks_exact_mut(stride).zip(self.cells.chunks_exact(self.stride)) {
+            to[..self.stride].copy_from_slice(from);
         }
-        self.granule = bytes;
+        (self.cells, self.stride) = (grown, stride);
+    }
+
+    /// The cells of the granule that a byte of the page is in.
+    #[inline(always)]
+    fn at(&mut self, byte: usize) -> &mut [Cell] {
+        let first = (byte >> self.granule) * self.stride;
+        &mut self.cells[first..first + self.stride]
+    }
+
+    /// All writes, then the reads of each slot.
+    fn by_slot(&self) -> impl Iterator<Item = (usize, &Cell)> {
+        let of = |slot| self.cells[slot..].iter().step_by(self.stride).map(move |cell| (slot, cell));
+        (0..self.stride).flat_map(of)
     }
 }
 
@@ -519,6 +542,9 @@ pub struct Shadow {
     by_warp: bool,
     /// What was released, by the first byte.
     released: HashMap<usize, Message>,
+    /// The write that the last asynchronous operation met: by whom, how, and which. What they meet are mostly writes of one
+    /// operation, and what once came before always will have.
+    met: ((u32, u8, Proxy), Cell),
 }
 
 impl Shadow {
@@ -534,7 +560,8 @@ impl Shadow {
     }
 
     fn new(slots: usize, by_warp: bool) -> Shadow {
-        Shadow { pages: Vec::new(), slots, by_warp, released: HashMap::new() }
+        let met = ((0, 0, Proxy::Generic), Cell::default());
+        Shadow { pages: Vec::new(), slots, by_warp, released: HashMap::new(), met }
     }
 
     fn page(pages: &mut Vec<Option<Page>>, slots: usize, at: usize) -> &mut Page {
@@ -567,27 +594,37 @@ impl Shadow {
             Cell { agent: who.agent, clock, pc: how.pc, lane, flags }
         };
         let judge = Judge { who, how, slots: self.slots, by_warp: self.by_warp };
-        // The write that was met last: where there are many, they are mostly of one operation.
-        let mut met = Cell::default();
+        let by = if how.whole { WHOLE } else { first as u8 };
+        let mut met = if self.met.0 == (who.agent, by, how.proxy) { self.met.1 } else { Cell::default() };
         let lane_shift = bytes.trailing_zeros();
-        let mut at = offset;
-        while at < offset + len {
+        let (mut at, end) = (offset, offset + len);
+        while at < end {
             let page = Shadow::page(&mut self.pages, self.slots, at / PAGE_BYTES);
-            if bytes < page.granule {
+            if bytes < 1 << page.granule {
                 page.refine(bytes);
             }
-            let granule = page.granule;
-            let end = (offset + len).min((at / PAGE_BYTES + 1) * PAGE_BYTES);
-            for at in (at..end).step_by(granule) {
+            if self.by_warp && !how.write {
+                let slot = judge.own_slot(cell(first).lane);
+                if page.stride < slot + 2 {
+                    page.grow(slot);
+                }
+            }
+            let page_end = end.min((at / PAGE_BYTES + 1) * PAGE_BYTES);
+            while at < page_end {
                 // An asynchronous operation is one lane's, or the warp's.
                 let many = if how.stamp.is_some() { 0 } else { (at - offset) >> lane_shift };
                 let lane = first + many as u32;
                 let by = if how.whole { WHOLE } else { lane as u8 };
-                judge.judge(page, at % PAGE_BYTES / granule, cell(lane), by, &mut met).map_err(
+                judge.judge(page.at(at % PAGE_BYTES), cell(lane), by, &mut met).map_err(
                     |(other, other_wrote, reason)| Conflict { at, lane, other, other_wrote, reason },
                 )?;
+                at += 1 << page.granule;
             }
-            at = end;
+            at = page_end;
+        }
+        // What is strong may have met what nothing orders.
+        if how.stamp.is_some() && !how.strong {
+            self.met = ((who.agent, by, how.proxy), met);
         }
         Ok(())
     }
@@ -597,10 +634,12 @@ impl Shadow {
         let pages =
             self.pages.iter().enumerate().filter_map(|(at, page)| Some((at * PAGE_BYTES, page.as_ref()?)));
         pages.flat_map(|(begin, page)| {
-            let cells = page.reads.iter().map(|cells| (cells, false)).chain([(&page.writes, true)]);
-            cells.flat_map(move |(cells, wrote)| {
-                let touched = cells.iter().enumerate().filter(|(_, cell)| cell.clock != 0);
-                touched.map(move |(n, _)| (begin + n * page.granule..begin + (n + 1) * page.granule, wrote))
+            let touched = page.cells.iter().enumerate().filter(|(_, cell)| cell.clock != 0);
+            touched.map(move |(n, _)| {
+                let granule = n / page.stride;
+                let bytes = begin + (granule << page.granule)..begin + ((granule + 1) << page.granule);
+                // The first cell of a granule is the last write.
+                (bytes, n % page.stride == 0)
             })
         })
     }
@@ -622,20 +661,16 @@ impl Shadow {
             let new = std::mem::replace(&mut met, *cell) != *cell;
             new && far(cell) && !known(cell)
         };
-        self.pages.iter().flatten().find_map(|page| {
-            let write = page.writes.iter().find(|cell| is_unfinished(cell)).map(|cell| (*cell, true));
-            write.or_else(|| {
-                page.reads.iter().flatten().find(|cell| is_unfinished(cell)).map(|cell| (*cell, false))
-            })
-        })
+        let mut cells = self.pages.iter().flatten().flat_map(Page::by_slot);
+        cells.find(|(_, cell)| is_unfinished(cell)).map(|(slot, cell)| (*cell, slot == 0))
     }
 
     /// A lane has waited for its copy: the bytes are its own writes from now on.
     pub fn settle(&mut self, who: &Knowledge, lane: u32, offset: usize, len: usize) {
         // A copy is aligned to its size, so it lies in one page.
         let page = Shadow::page(&mut self.pages, self.slots, offset / PAGE_BYTES);
-        let (begin, end) = (offset % PAGE_BYTES, offset % PAGE_BYTES + len);
-        for cell in &mut page.writes[begin / page.granule..end / page.granule] {
+        for byte in (offset % PAGE_BYTES..offset % PAGE_BYTES + len).step_by(1 << page.granule) {
+            let cell = &mut page.at(byte)[0];
             if cell.in_flight() && cell.agent == who.agent && u32::from(cell.lane) == lane {
                 cell.flags &= !IN_FLIGHT;
                 cell.clock = who.clock;
@@ -677,9 +712,9 @@ struct Judge<'a> {
 impl Judge<'_> {
     /// Compares an access `by` a lane with those before it, and remembers it.
     #[inline(always)]
-    fn judge(&self, page: &mut Page, index: usize, cell: Cell, by: u8, met: &mut Cell) -> Result<(), Found> {
+    fn judge(&self, cells: &mut [Cell], cell: Cell, by: u8, met: &mut Cell) -> Result<(), Found> {
         let who = self.who;
-        let wrote = &mut page.writes[index];
+        let (wrote, reads) = cells.split_first_mut().expect("there is a cell for the write");
         let both_strong = |other: &Cell| other.flags & cell.flags & STRONG != 0;
         if self.how.stamp.is_none() || *wrote != *met {
             if !who.after(wrote, by) && !both_strong(wrote) && !self.finds_made(wrote, by) {
@@ -694,8 +729,7 @@ impl Judge<'_> {
             return Err((*wrote, true, Reason::NonCoherent));
         }
         if self.how.write {
-            for read in &page.reads {
-                let read = &read[index];
+            for read in reads.iter() {
                 if read.clock != 0 && read.flags & NON_COHERENT != 0 {
                     return Err((*read, false, Reason::NonCoherent));
                 }
@@ -706,12 +740,9 @@ impl Judge<'_> {
             *wrote = cell;
             return Ok(());
         }
-        let slot = if self.by_warp { Some(self.own_slot(&cell)) } else { self.slot(&page.reads, index, by) };
+        let slot = if self.by_warp { Some(self.own_slot(cell.lane)) } else { self.slot(reads, by) };
         if let Some(slot) = slot {
-            if page.reads.len() <= slot {
-                page.reads.resize(slot + 1, vec![Cell::default(); page.writes.len()]);
-            }
-            let read = &mut page.reads[slot][index];
+            let read = &mut reads[slot];
             // What several lanes of the warp have read, unordered among themselves, is read by all.
             let several = cell.lane <= WHOLE
                 && read.agent == cell.agent
@@ -746,8 +777,8 @@ impl Judge<'_> {
 
     /// Where a read of shared memory is kept: that of each warp, the last bulk copy's, that of each warpgroup's `wgmma`.
     #[inline(always)]
-    fn own_slot(&self, cell: &Cell) -> usize {
-        match cell.lane {
+    fn own_slot(&self, lane: u8) -> usize {
+        match lane {
             0..=WHOLE => self.who.own(),
             WGMMA => self.slots + 1 + self.who.warpgroup() as usize,
             _ => self.slots,
@@ -756,9 +787,9 @@ impl Judge<'_> {
 
     /// Which of the reads of global memory gives way, if one does: the warp's own; one that came before; where all are of
     /// other CTAs, the last.
-    fn slot(&self, reads: &[Vec<Cell>], index: usize, lane: u8) -> Option<usize> {
+    fn slot(&self, reads: &[Cell], lane: u8) -> Option<usize> {
         let cta = |cell: &Cell| cell.agent.wrapping_sub(self.who.first) < self.who.seen.len() as u32;
-        let mut reads = reads.iter().map(|slot| &slot[index]);
+        let mut reads = reads.iter();
         let own = reads.clone().position(|read| read.agent == self.who.agent && read.clock != 0);
         let old = || reads.clone().position(|read| self.who.after(read, lane));
         own.or_else(old).or_else(|| (!reads.any(cta)).then_some(self.slots - 1))
@@ -858,6 +889,16 @@ mod tests {
         assert!(!touch(&mut shadow, &a, READ, 0, 0));
         shadow.settle(&a, 0, 0, 4);
         assert!(touch(&mut shadow, &a, READ, 0, 0) && !touch(&mut shadow, &a, READ, 1, 0));
+    }
+
+    #[test]
+    fn a_reduction_that_met_another_vouches_for_no_plain_copy() {
+        let (a, b, mut shadow) = two();
+        let atomic = How { strong: true, ..WRITE };
+        assert!(touch(&mut shadow, &a, atomic, 0, 0) && touch(&mut shadow, &a, atomic, 0, 4));
+        let reduction = How { stamp: Some(Stamp::bulk(&b, 0, false, 0)), ..atomic };
+        assert!(touch(&mut shadow, &b, reduction, 0, 0));
+        assert!(!touch(&mut shadow, &b, How { strong: false, ..reduction }, 0, 4));
     }
 
     #[test]

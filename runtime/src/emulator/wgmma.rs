@@ -10,7 +10,7 @@
 
 use super::access::{Checked, Reach, Run, lanes, of_warp};
 use super::arithmetic::{LANES, Lanes, Narrow};
-use super::matrix::{Adding, Left, Right, WGMMA_BLOCK, multiply};
+use super::matrix::{Adding, K_BYTES, Left, Right, WGMMA_BLOCK, multiply};
 use super::program::Step;
 use super::race::{How, Proxy, Stamp};
 use super::warp::Warp;
@@ -20,8 +20,6 @@ use crate::tensor_map::Swizzle;
 
 /// Warps of a warpgroup.
 pub const WARPS: usize = 4;
-/// Bytes of k of one instruction: 16 elements of 16 bits or 32 of 8.
-const K_BYTES: usize = 32;
 /// Rows of A.
 const M: usize = 64;
 
@@ -149,13 +147,16 @@ fn gather(
     reach: &mut Reach<'_>,
 ) -> Checked<Rows> {
     let mut found = vec![[0; K_BYTES]; rows];
+    let part = |warp: &Warp| {
+        let stamp = Some(Stamp::wgmma(&warp.knowledge, warp.fragments.closed));
+        How { whole: true, proxy: Proxy::Async, stamp, pc: step.pc, ..How::default() }
+    };
+    let parts: Vec<How> = warps.iter().map(part).collect();
     let mut read = |row: usize, address: u64| -> Checked<[u8; 16]> {
-        let warp = &warps[row * WARPS / rows];
+        let number = row * WARPS / rows;
         let run = Run::one(0, address);
         let spot = reach.spot(Space::Shared, run, 16)?;
-        let stamp = Some(Stamp::wgmma(&warp.knowledge, warp.fragments.closed));
-        let how = How { whole: true, proxy: Proxy::Async, stamp, pc: step.pc, ..How::default() };
-        reach.watch(&spot, run, 16, how, &warp.knowledge)?;
+        reach.watch(&spot, run, 16, parts[number], &warps[number].knowledge)?;
         Ok(reach.read(&spot, run, 16)?.try_into().expect("16 bytes"))
     };
     if trans {
@@ -178,21 +179,6 @@ fn gather(
     Ok(found)
 }
 
-/// Rows `first` on as registers of a fragment: lane `l` has bytes `4 (l % 4)` of row `l / 4`, and of those 8 rows and 16 bytes
-/// further ("Matrix Fragments" of both element sizes).
-fn fragment<const REGISTERS: usize>(
-    rows: &[[u8; K_BYTES]],
-    place: impl Fn(usize) -> (usize, usize),
-) -> [Narrow; REGISTERS] {
-    std::array::from_fn(|register| {
-        let (row, byte) = place(register);
-        std::array::from_fn(|lane| {
-            let from = &rows[row + lane / 4][byte + 4 * (lane % 4)..][..4];
-            u32::from_le_bytes(from.try_into().expect("4 bytes"))
-        })
-    })
-}
-
 /// The four warps of a warpgroup run a `wgmma`.
 pub fn run(warps: &mut [Warp], step: &Step, wgmma: &Wgmma, reach: &mut Reach<'_>, sums: Sums) -> Checked<()> {
     let wrong = |problem: &str| of_warp(Fault::Wgmma { problem: problem.to_string() });
@@ -210,11 +196,8 @@ pub fn run(warps: &mut [Warp], step: &Step, wgmma: &Wgmma, reach: &mut Reach<'_>
     };
     let b = gather(warps, step, descriptor(wgmma.b)?, (n, wgmma.trans_b), reach)?;
     // Of 8 columns each.
-    let right = |rows: &[[u8; K_BYTES]]| {
-        let [low, high] = fragment(rows, |register| (0, 16 * register));
-        Right::new(types.1, &[&low, &high])
-    };
-    let rights: Vec<Right> = b.chunks_exact(8).map(right).collect();
+    let rights: Vec<Right> =
+        b.as_chunks().0.iter().map(|columns| Right::of_columns(types.1, columns)).collect();
     let a = match &wgmma.a {
         MatrixA::Registers(_) => None,
         MatrixA::Shared(reg, trans) => Some(gather(warps, step, descriptor(*reg)?, (M, *trans), reach)?),
@@ -222,17 +205,19 @@ pub fn run(warps: &mut [Warp], step: &Step, wgmma: &Wgmma, reach: &mut Reach<'_>
     let k = if matches!(types.0, MatrixType::Bf16 | MatrixType::F16) { K_BYTES / 2 } else { K_BYTES };
     reach.counts.matrix_macs += (M * n * k) as u64;
     for (number, warp) in warps.iter_mut().enumerate() {
-        let mut a: [Narrow; 4] = match (&wgmma.a, &a) {
-            (MatrixA::Registers(registers), _) => std::array::from_fn(|at| *warp.narrow(registers[at])),
+        let mut left = match (&wgmma.a, &a) {
+            (MatrixA::Registers(registers), _) => {
+                let a: [&Narrow; 4] = std::array::from_fn(|at| warp.narrow(registers[at]));
+                Left::new(types.0, &a)
+            }
             (MatrixA::Shared(..), rows) => {
                 let rows = rows.as_ref().expect("it was gathered");
-                fragment(&rows[16 * number..], |register| (8 * (register % 2), 16 * (register / 2)))
+                Left::of_rows(types.0, &rows.as_chunks().0[number])
             }
         };
         if wgmma.negate.0 != wgmma.negate.1 {
-            a.iter_mut().flatten().for_each(|pair| *pair ^= 0x8000_8000);
+            left.negate();
         }
-        let left = Left::new(types.0, &a.each_ref());
         let adding = Adding { narrow: false, satfinite: wgmma.satfinite, sums };
         for (right, registers) in rights.iter().zip(wgmma.d.chunks_exact(4)) {
             let mut c = [[0; LANES]; 4];
