@@ -196,6 +196,7 @@ pub fn function(kernel: &Kernel, features: Features, needs: &mut BTreeSet<(Unary
         block: "entry".to_string(),
         loops: 0,
         awaits_grids,
+        turn: "%worker".to_string(),
     };
     let grid = features.pause == Pause::Grid;
     if grid {
@@ -319,6 +320,8 @@ struct Function<'a> {
     loops: usize,
     /// Does it wait for the grids before it?
     awaits_grids: bool,
+    /// The first turn that this CTA takes of the next of them.
+    turn: String,
     /// What each value is now: a name, or a number where a loop was copied out.
     vars: HashMap<VarId, String>,
     block: String,
@@ -413,14 +416,14 @@ impl Function<'_> {
             Stmt::Parallel { var, count, body } => {
                 let count = self.expr(count);
                 if self.features.pause == Pause::Grid {
-                    // Neighbouring CTAs take neighbouring turns.
-                    return self.looped(*var, "%worker", &count, "%workers", body);
+                    return self.turns(*var, &count, body);
                 }
                 let at = self.emit("getelementptr i8, ptr %ctx, i64 16".to_string());
                 let workers = self.emit(format!("load i64, ptr {at}"));
                 if self.loops == LOOPS {
                     let [lo, hi] = self.piece(&count, "%worker", &workers);
-                    return self.looped(*var, &lo, &hi, "1", body);
+                    self.looped(*var, &lo, &hi, "1", body);
+                    return;
                 }
                 self.shared_out(*var, &count, &workers, body);
                 self.loops += 1;
@@ -429,11 +432,15 @@ impl Function<'_> {
                 let cond = self.expr(cond);
                 let (yes, no, end) = (self.label(), self.label(), self.label());
                 self.line(&format!("br i1 {cond}, label %{yes}, label %{no}"));
+                // Groups of threads have loops over turns of their own.
+                let turn = self.turn.clone();
                 for (label, body) in [(yes, then), (no, otherwise)] {
                     self.begin(&label);
+                    self.turn.clone_from(&turn);
                     self.stmts(body);
                     self.line(&format!("br label %{end}"));
                 }
+                self.turn = turn;
                 self.begin(&end);
             }
             Stmt::Barrier => {
@@ -500,7 +507,8 @@ impl Function<'_> {
         self.begin(&end);
     }
 
-    fn looped(&mut self, var: VarId, lo: &str, hi: &str, step: &str, body: &[Stmt]) {
+    /// A loop; gives what its variable is behind it.
+    fn looped(&mut self, var: VarId, lo: &str, hi: &str, step: &str, body: &[Stmt]) -> String {
         let (head, inside, end) = (self.label(), self.label(), self.label());
         let (i, next) = (self.fresh(), self.fresh());
         let before = self.block.clone();
@@ -520,6 +528,7 @@ impl Function<'_> {
         self.line(&format!("{next} = add nsw {int} {i}, {step}"));
         self.line(&format!("br label %{head}"));
         self.begin(&end);
+        i
     }
 
     fn store(&mut self, buffer: BufferId, index: &[Expr], value: &Expr) {

@@ -7,8 +7,8 @@
 //!   verifier where it can, else by the interpreter (of threads: by the PTX emulator).
 //! * **Control** is `for`, `if`, and `unroll`, whose variable is a constant in each copy of its body.
 //! * **Parallelism**: the body is run by every worker. A `parallel` loop's iterations are split over them, in one
-//!   contiguous piece each; what follows it starts without waiting unless a `barrier` stands between. Statements
-//!   outside of `parallel` may compute and declare, but not store to global memory.
+//!   contiguous piece each, on a GPU in turn; what follows it starts without waiting unless a `barrier` stands between.
+//!   Statements outside of `parallel` may compute and declare, but not store to global memory.
 //! * **Threads**: on a GPU a worker is a CTA of [`Kernel::threads`] threads. Each runs the body with values and registers of
 //!   its own and its number, `thread`; they have `shared` memory, meet at `sync`, and in warps of 32 exchange values
 //!   (`shuffle`), load matrices (`matrix`) and multiply them (`mma`). `copy` fetches memory in the background: `commit` ends a
@@ -613,21 +613,22 @@ impl Kernel {
         found
     }
 
-    /// The most turns that a `parallel` loop of this kernel has: workers beyond that have nothing to do. 1 if it cannot be said.
+    /// The turns of all `parallel` loops of this kernel: workers beyond that have nothing to do. Of one whose turns cannot be
+    /// told 1 is counted.
     pub fn turns(&self, symbols: &[i64; crate::dim::MAX_SYMBOLS]) -> i64 {
-        self.most_turns(&self.body, symbols).max(1)
+        self.turns_of(&self.body, symbols).max(1)
     }
 
-    fn most_turns(&self, block: &[Stmt], symbols: &[i64; crate::dim::MAX_SYMBOLS]) -> i64 {
-        let counts = block.iter().filter_map(|stmt| match stmt {
-            Stmt::Parallel { count, .. } => Some(self.value_of(count, symbols).unwrap_or(1)),
+    fn turns_of(&self, block: &[Stmt], symbols: &[i64; crate::dim::MAX_SYMBOLS]) -> i64 {
+        let counts = block.iter().map(|stmt| match stmt {
+            Stmt::Parallel { count, .. } => self.value_of(count, symbols).unwrap_or(1),
             // Groups of threads with work of their own.
             Stmt::If { then, otherwise, .. } => {
-                Some(self.most_turns(then, symbols).max(self.most_turns(otherwise, symbols)))
+                self.turns_of(then, symbols).max(self.turns_of(otherwise, symbols))
             }
-            _ => None,
+            _ => 0,
         });
-        counts.max().unwrap_or(0)
+        counts.fold(0, i64::saturating_add)
     }
 
     /// What an index made of numbers and symbols is.

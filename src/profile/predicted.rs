@@ -71,11 +71,12 @@ impl Problem {
         Problem { flops: (4 * d * per_kv * kv_heads * pairs) as u64, bytes, turns: vec![turns] }
     }
 
-    /// What each CTA does if there are `most` at most. As the run time launches them: turns are dealt out to CTAs in order.
+    /// What each CTA does if there are `most` at most. As the run time launches them: turns are dealt out to CTAs in order, one
+    /// loop's behind the other's.
     fn ctas(&self, most: usize) -> Vec<u64> {
-        let count = self.turns.iter().map(Vec::len).max().unwrap_or(0).min(most);
-        let of = |cta: usize| self.turns.iter().flat_map(|turns| turns.iter().skip(cta).step_by(count)).sum();
-        (0..count).map(of).collect()
+        let turns = self.turns.concat();
+        let count = turns.len().min(most);
+        (0..count).map(|cta| turns.iter().skip(cta).step_by(count).sum()).collect()
     }
 
     /// FLOPs of the result for each that the SMs could do until the fullest of them is done, if each holds `resident` CTAs: 1 if
@@ -188,9 +189,9 @@ mod tests {
         let problem = Problem::product([128, 4096], &[(256, 1)], 0, ProductTile { band: 4, ..TILE });
         let turn = 2 * 128 * 128 * 4096;
         assert_eq!(problem.turns, [[turn, 0, 0, 0, turn, 0, 0, 0]]);
-        // Two segments take as long as both.
-        let problem = Problem::product([128, 4096], &[(rows, 1), (rows, 1)], 0, TILE);
-        assert_eq!(problem.tile_efficiency(A100, 2, u32::MAX), 1.0);
+        // Two segments that each fill half of the SMs.
+        let problem = Problem::product([128, 4096], &[(rows / 2, 1), (rows / 2, 1)], 0, TILE);
+        assert_eq!(problem.tile_efficiency(A100, 1, u32::MAX), 1.0);
     }
 
     #[test]

@@ -3,7 +3,7 @@
 use super::{Function, gcd, llvm_elem, vector};
 use crate::lower::Pause;
 use ir::dtype::DType;
-use ir::kernel::{Arith, Buffer, BufferId, Expr, Space, Type};
+use ir::kernel::{Arith, Buffer, BufferId, Expr, Space, Stmt, Type, VarId};
 
 /// What accesses of kernels of so many buffers say that they belong to: LLVM's scopes, one a buffer, that do not alias
 /// (LLVM Language Reference, "`noalias` and `alias.scope` Metadata").
@@ -30,6 +30,14 @@ impl Function<'_> {
             }
             Space::Global(_) | Space::Local | Space::Shared | Space::Swizzled => String::new(),
         }
+    }
+
+    /// A `parallel` loop: neighbouring CTAs take neighbouring turns. The next loop's follow behind them, so that no CTA takes two
+    /// turns before each has one.
+    pub(super) fn turns(&mut self, var: VarId, count: &str, body: &[Stmt]) {
+        let first = self.turn.clone();
+        let beyond = self.looped(var, &first, count, "%workers", body);
+        self.turn = self.emit(format!("sub nsw i32 {beyond}, {count}"));
     }
 
     /// Begins to copy 16 bytes to shared memory.
