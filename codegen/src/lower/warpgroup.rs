@@ -125,17 +125,20 @@ impl Function<'_> {
         (self.sum(terms), bytes)
     }
 
-    /// The address of an element of swizzled memory: the number of its chunk is xored with that of its row in eight.
+    /// The address of an element of swizzled memory: the number of its chunk is xored with that of its row in eight. Constant
+    /// multiples of eight rows change neither: added last, they leave the rest to be shared by unrolled accesses.
     pub(super) fn swizzled_address(&mut self, buffer: BufferId, index: &[Expr]) -> String {
         let (offset, bytes) = self.swizzled_bytes(buffer, index);
+        let alike = (SWIZZLED_ROWS * ROW_BYTES) as i64;
+        let inside = bytes.rem_euclid(alike);
         let linear = match offset {
-            Some(offset) => self.emit(format!("add i32 {offset}, {bytes}")),
-            None => bytes.to_string(),
+            Some(offset) => self.emit(format!("add i32 {offset}, {inside}")),
+            None => inside.to_string(),
         };
         let row = self.emit(format!("lshr i32 {linear}, {}", ROW_BYTES.trailing_zeros() - 4));
         let row = self.emit(format!("and i32 {row}, {}", 16 * (SWIZZLED_ROWS - 1)));
         let place = self.emit(format!("xor i32 {linear}, {row}"));
-        self.emit(format!("getelementptr i8, ptr addrspace(3) {SHARED}, i32 {place}"))
+        self.shared_at(Some(place), bytes - inside)
     }
 
     /// A descriptor of a matrix in swizzled memory. The next columns of a transposed one lie a panel further.

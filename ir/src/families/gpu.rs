@@ -19,6 +19,9 @@ use super::{GroupView, LowerError, Lowered, dot, elementwise, rowwise, sample};
 use crate::Dim;
 use crate::dtype::DType;
 use crate::graph::{Family, Pack};
+use crate::kernel::warpgroup::ROW_BYTES;
+use crate::kernel::{Builder, Expr, WARP};
+use crate::op::Compare;
 use crate::schedule::Field;
 use crate::target::Gpu;
 
@@ -130,8 +133,7 @@ pub fn product_tile(schedule: &str) -> Option<ProductTile> {
     if schedule.starts_with(BY_GROUPS) {
         return hopper::gemm::Schedule::parse(schedule).ok().map(|s| s.tile());
     }
-    let tile = |s: gemm::Schedule| ProductTile { rows: s.bm, columns: s.bn, depth: s.bk, band: 1 };
-    gemm::Schedule::parse(schedule).ok().map(tile)
+    gemm::Schedule::parse(schedule).ok().map(|s| s.tile())
 }
 
 /// How an attention is cut: each turn takes a tile of rows through keys. Heads are padded to 16.
@@ -168,6 +170,36 @@ fn chunk(dtype: DType) -> usize {
     16 / dtype.bytes(1)
 }
 
+/// The chunks of so many rows shared out over the threads of so many warps; `copy` has a row and a chunk's number in it.
+fn copies(
+    k: &mut Builder,
+    rows: usize,
+    chunks: usize,
+    warps: usize,
+    copy: impl Fn(&mut Builder, Expr, Expr),
+) {
+    let threads = warps * usize::from(WARP);
+    k.unroll("c", (rows * chunks).div_ceil(threads), |k, c| {
+        let (row, chunk) = match threads.is_multiple_of(chunks) {
+            // A thread stays in its column: its addresses differ by constants, which take no registers.
+            true => (c * (threads / chunks) + Expr::Thread / chunks, Expr::Thread % chunks),
+            false => {
+                let number = k.let_("number", c * threads + Expr::Thread);
+                (number.clone() / chunks, number % chunks)
+            }
+        };
+        match (rows * chunks).is_multiple_of(threads) {
+            true => copy(k, row, chunk),
+            false => k.if_(row.clone().compare(Compare::Lt, rows), |k| copy(k, row, chunk)),
+        }
+    });
+}
+
+/// Columns of a panel: elements of a row of swizzled memory.
+fn panel(dtype: DType) -> usize {
+    ROW_BYTES / dtype.bytes(1)
+}
+
 /// The weights of a segment.
 fn pack_of(l: &Lowering<'_, '_>, segment: usize) -> Result<usize, LowerError> {
     let name = format!("{}.{segment}", l.view.name());
@@ -185,7 +217,7 @@ mod tests {
         let class = |family, schedule| numeric_class(family, schedule).unwrap();
         assert_eq!(class(Family::Attention, "warps 4, keys 64, hold 1, split 256"), "keys 64, split 256");
         assert_eq!(class(Family::Attention, "consumers 2, keys 128, stages 2"), "keys 128");
-        assert_eq!(class(Family::Dot, "bm 16, bn 64, bk 32, stages 4, wm 1, wn 4"), "");
+        assert_eq!(class(Family::Dot, "bm 16, bn 64, stages 4, wm 1, wn 4"), "");
         assert_eq!(class(Family::Dot, "consumers 2, bn 256, stages 4, band 8"), "");
         assert!(numeric_class(Family::Attention, "consumers 2, bn 256, stages 4, band 8").is_err());
     }

@@ -24,10 +24,10 @@
 //! 8. **Threads** are one, or whole warps up to [`MAX_THREADS`]. `thread`, `exp2`, `shared` memory (of constant extents, at most
 //!    [`MAX_SHARED_BYTES`] in all), `sync`, `shuffle`, `matrix`, `mma`, `copy`, `commit` and `wait` are for many; `local` memory
 //!    is for one. Behind a `barrier` of many no register is seen that was declared before it, and no value that was read from
-//!    memory or registers. `shuffle` takes f32 or i32 and a mask of 1 to 31; `matrix` 1, 2 or 4 matrices of a shared
-//!    buffer with elements of two bytes; `mma` f32x4, bf16x8 and bf16x4, or f16; `copy` 16 bytes of a param to shared memory
-//!    of its dtype.
-//! 9. **Warpgroups**: swizzled memory, mbarriers, maps and the statements of [`super::warpgroup`] are for whole warpgroups; what is
+//!    memory or registers. `shuffle` takes f32 or i32 and a mask of 1 to 31; `matrix` 1, 2 or 4 matrices of a shared or swizzled
+//!    buffer with elements of two bytes; `mma` f32x4, bf16x8 and bf16x4, or f16; `copy` 16 bytes of a param to shared or
+//!    swizzled memory of its dtype.
+//! 9. **Warpgroups**: mbarriers, maps and the statements of [`super::warpgroup`] are for whole warpgroups; what is
 //!    constant in them is in range. There `parallel` may stand in an `if` of the outermost block, and a worker of many threads
 //!    may count in an index register over the iterations that it does.
 //! 10. **Size**: [`MAX_NODES`], [`MAX_NESTING`], [`MAX_BLOCKS`], [`MAX_REGISTERS`], [`MAX_LOCAL_BYTES`].
@@ -732,8 +732,8 @@ impl Ctx<'_> {
 
 fn in_shared(buffer: &Buffer) -> Checked<()> {
     match buffer.space {
-        Space::Shared => Ok(()),
-        Space::Global(_) | Space::Local | Space::Swizzled => {
+        Space::Shared | Space::Swizzled => Ok(()),
+        Space::Global(_) | Space::Local => {
             rule(Rule::Space { name: buffer.name.clone(), expected: "shared" })
         }
     }

@@ -5,7 +5,7 @@
 //!   `retire`, `registers` or `fence registers` together. Groups with different work stand in the branches of an `if` whose
 //!   condition is made of [`Expr::Uniform`]; each may have `parallel` loops of its own.
 //! * **Swizzled** memory is shared memory in rows of 128 bytes, in which the 16-byte chunk `c` of row `r` lies at
-//!   `c ^ (r % 8)`: eight rows of one chunk lie in different banks. Axes are `[..., panel, row, column]`.
+//!   `c ^ (r % 8)`: eight rows of one chunk lie in different banks. Axes are `[..., panel, row, column]`. Any threads may use it.
 //! * An **mbarrier** counts: its phase ends when as many threads have arrived as it is `of` and all bytes that were expected
 //!   have come; then the next begins. `await` goes on when the phase of this parity has ended: at first 1 has, 0 has not.
 //! * A **tensor map** is a param with a box: `fetch` copies the box at an index into swizzled memory, with zeros for what lies outside of

@@ -1,15 +1,16 @@
 //! Products of rows: `y[t, n] = epilogue(sum over k of a[t, k] * w[n, k])`.
 //!
-//! A CTA makes a tile of `bm` rows by `bn` columns of each stream. Tiles of `a` and `w`, `bk` deep, pass through a ring of
-//! `stages` in shared memory: while one is multiplied, the next are copied. A row in shared memory is 16 bytes longer than the
-//! tile is deep, so that the eight rows that a matrix load reads lie in different banks. Sums stay in registers, in the layout
-//! of [`Expr::Mma`], and the epilogue is computed there. bf16 is multiplied by `mma`; f32 by FMA with the same layout.
+//! A CTA makes a tile of `bm` rows by `bn` columns of each stream. Tiles of `a` and `w`, 128 bytes deep, pass through a ring of
+//! `stages` in swizzled memory: while one is multiplied, the next are copied. Neither the eight rows that a matrix load reads
+//! nor the chunks that eight threads copy share a bank. Sums stay in registers, in the layout of [`Expr::Mma`], and the
+//! epilogue is computed there. bf16 is multiplied by `mma`; f32 by FMA with the same layout.
 
-use super::{chunk, pack_of};
+use super::{ProductTile, chunk, copies, pack_of, panel};
 use crate::dtype::DType;
 use crate::families::access::Lowering;
 use crate::families::dot::{DotGroup, Place, Segment, outputs, stored_left};
 use crate::families::{GroupView, LowerError, Lowered};
+use crate::kernel::warpgroup::ROW_BYTES;
 use crate::kernel::{BufferId, Builder, Expr, RegId, Type, WARP};
 use crate::op::Compare;
 use crate::schedule::{self, Field};
@@ -22,8 +23,6 @@ pub struct Schedule {
     pub bm: usize,
     /// Columns of a CTA's tile, of each stream.
     pub bn: usize,
-    /// Depth of a tile in shared memory.
-    pub bk: usize,
     /// Tiles in the ring.
     pub stages: usize,
     /// Warps along the rows.
@@ -34,11 +33,13 @@ pub struct Schedule {
 
 impl Schedule {
     /// The fields, for text and tuning. None changes the order of a sum: `k` is taken in order, 16 by 16.
-    pub fn fields(self) -> [Field; 6] {
-        let Schedule { bm, bn, bk, stages, wm, wn } = self;
-        let field = |name, value| Field { name, value, numeric: false };
-        [("bm", bm), ("bn", bn), ("bk", bk), ("stages", stages), ("wm", wm), ("wn", wn)]
-            .map(|(n, v)| field(n, v))
+    pub fn fields(self) -> [Field; 5] {
+        let Schedule { bm, bn, stages, wm, wn } = self;
+        [("bm", bm), ("bn", bn), ("stages", stages), ("wm", wm), ("wn", wn)].map(|(name, value)| Field {
+            name,
+            value,
+            numeric: false,
+        })
     }
 
     /// Reads the text form.
@@ -47,55 +48,97 @@ impl Schedule {
     ///
     /// What does not fit, in words.
     pub fn parse(text: &str) -> Result<Schedule, String> {
-        let mut fields = Schedule { bm: 0, bn: 0, bk: 0, stages: 0, wm: 0, wn: 0 }.fields();
+        let mut fields = Schedule { bm: 0, bn: 0, stages: 0, wm: 0, wn: 0 }.fields();
         schedule::parse(text, &mut fields)?;
-        let [bm, bn, bk, stages, wm, wn] = fields.map(|f| f.value);
+        let [bm, bn, stages, wm, wn] = fields.map(|f| f.value);
         if wm == 0 || wn == 0 || wm * wn > 32 {
             return Err("wm and wn must be at least 1, and wm * wn at most 32".to_string());
         }
         let multiple = |x: usize, of: usize| x > 0 && x <= 256 && x.is_multiple_of(of);
-        if !multiple(bm, 16 * wm) || !multiple(bn, 16 * wn) || !multiple(bk, 16) {
-            return Err("bm must be a multiple of 16 wm, bn of 16 wn, bk of 16, each at most 256".to_string());
+        if !multiple(bm, 16 * wm) || !multiple(bn, 16 * wn) {
+            return Err("bm must be a multiple of 16 wm, bn of 16 wn, each at most 256".to_string());
         }
         if !(2..=8).contains(&stages) {
             return Err("stages must be 2 to 8".to_string());
         }
-        Ok(Schedule { bm, bn, bk, stages, wm, wn })
+        Ok(Schedule { bm, bn, stages, wm, wn })
     }
 
-    fn shared_bytes(self, streams: usize, dtype: DType) -> usize {
-        let pitch = self.bk + chunk(dtype);
-        let rows = |rows: usize| (self.stages * rows * pitch * dtype.bytes(1)).next_multiple_of(128);
-        rows(self.bm) + rows(streams * self.bn)
+    /// How a product is cut.
+    pub fn tile(self) -> ProductTile {
+        ProductTile { rows: self.bm, columns: self.bn, depth: panel(DType::BF16), band: 1 }
+    }
+
+    fn shared_bytes(self, streams: usize) -> usize {
+        self.stages * (self.bm + streams * self.bn) * ROW_BYTES
+    }
+
+    /// Sums of a thread.
+    fn sums(self, streams: usize) -> usize {
+        streams * self.bm * self.bn / (self.wm * self.wn * usize::from(WARP))
+    }
+
+    /// What the whole product costs on an A100, in a unit of its own: rounds of CTAs, by the time of a tile. That is what tensor
+    /// cores take, or shared memory, if more: each warp reads its rows and columns, and copies bring each once.
+    fn cost(self, rows: usize, segments: &[Segment]) -> usize {
+        let Schedule { bm, bn, wm, wn, .. } = self;
+        let across = segments.iter().map(|s| s.n().div_ceil(bn)).sum::<usize>();
+        let streams = most_streams(segments);
+        let shared = 16 * ((wn + 1) * bm + (wm + 1) * streams * bn);
+        (rows.div_ceil(bm) * across).div_ceil(MULTIPROCESSORS) * shared.max(streams * bm * bn)
     }
 }
 
-/// The legal space, the preferred first: the largest tiles that the step's rows fill and shared memory holds.
+/// Streaming multiprocessors of an A100, for choosing tiles.
+const MULTIPROCESSORS: usize = 108;
+
+/// Sums of a thread at most: half of its registers.
+const MOST_SUMS: usize = 128;
+
+fn most_streams(segments: &[Segment]) -> usize {
+    segments.iter().map(|s| s.streams.len()).max().unwrap_or(1)
+}
+
+/// The legal space, the preferred first.
 ///
 /// # Errors
 ///
 /// As [`crate::families::dot::analyse`].
 pub fn schedules(view: &GroupView<'_>, gpu: &Gpu) -> Result<Vec<String>, LowerError> {
     let group = crate::families::dot::analyse(view)?;
-    let streams = group.segments.iter().map(|s| s.streams.len()).max().unwrap_or(1);
-    let most = view.graph.symbols.max()[0];
+    let streams = most_streams(&group.segments);
+    let most = view.graph.symbols.max()[0] as usize;
+    // A warp of the larger tiles has 64 rows by 64 columns, of all streams: it reads less than it multiplies.
     let tiles: &[(usize, usize, usize, usize)] = match most {
         0..=16 => &[(16, 64, 1, 4), (16, 32, 1, 2)],
         17..=64 => &[(64, 64, 2, 2), (32, 64, 1, 4), (16, 64, 1, 4)],
-        _ => &[(128, 128, 2, 4), (64, 128, 2, 2), (128, 64, 2, 2), (64, 64, 2, 2), (32, 64, 1, 4)],
+        _ => &[
+            (128, 256, 2, 4),
+            (256, 128, 4, 2),
+            (128, 192, 2, 3),
+            (128, 128, 2, 4),
+            (128, 128, 2, 2),
+            (128, 96, 2, 3),
+            (64, 128, 2, 2),
+            (128, 64, 2, 2),
+            (64, 64, 2, 2),
+            (32, 64, 1, 4),
+        ],
     };
-    let deep = 64 / group.dtype.bytes(1);
     let mut found = Vec::new();
     for &(bm, bn, wm, wn) in tiles {
-        for (bk, stages) in [(deep, 4), (2 * deep, 3), (deep, 3), (deep, 2)] {
-            let schedule = Schedule { bm, bn, bk, stages, wm, wn };
-            // Two CTAs of an SM hide each other's waits; sums take a quarter of the registers at most.
-            let sums = streams * bm * bn / (wm * wn * usize::from(WARP));
-            if schedule.shared_bytes(streams, group.dtype) <= gpu.shared_bytes && sums <= 128 {
-                found.push(schedule::print(&schedule.fields()));
+        for stages in [4, 3, 2] {
+            let schedule = Schedule { bm, bn, stages, wm, wn };
+            if schedule.shared_bytes(streams) <= gpu.shared_bytes && schedule.sums(streams) <= MOST_SUMS {
+                found.push(schedule);
             }
         }
     }
+    // Few rows are bound by reading weights, which small tiles spread over more CTAs.
+    if most > 64 {
+        found.sort_by_key(|s| s.cost(most, &group.segments));
+    }
+    let found: Vec<String> = found.into_iter().map(|s| schedule::print(&s.fields())).collect();
     match found.is_empty() {
         true => Err(view.unsupported("streams that do not fit a tile")),
         false => Ok(found),
@@ -117,11 +160,10 @@ pub fn lower(view: &GroupView<'_>, group: &DotGroup, schedule: Schedule) -> Resu
         return Err(view.unsupported("rows that do not begin at multiples of 16 bytes"));
     }
     // One ring for all segments: they run one after another.
-    let Schedule { bm, bn, bk, stages, .. } = schedule;
-    let streams = group.segments.iter().map(|s| s.streams.len()).max().unwrap_or(1);
-    let pitch = bk + chunk(group.dtype);
-    let tile_a = l.k.shared("tile_a", group.dtype, &[stages, bm, bk], pitch);
-    let tile_w = l.k.shared("tile_w", group.dtype, &[stages, streams * bn, bk], pitch);
+    let Schedule { bm, bn, stages, .. } = schedule;
+    let (streams, deep) = (most_streams(&group.segments), panel(group.dtype));
+    let tile_a = l.k.swizzled("tile_a", group.dtype, &[stages, bm, deep]);
+    let tile_w = l.k.swizzled("tile_w", group.dtype, &[stages, streams * bn, deep]);
     for (number, segment) in group.segments.iter().enumerate() {
         product(&mut l, group, segment, number, [a, tile_a, tile_w], schedule)?;
     }
@@ -204,12 +246,12 @@ fn product(
     [a, tile_a, tile_w]: [BufferId; 3],
     s: Schedule,
 ) -> Result<(), LowerError> {
-    let Schedule { bm, bn, bk, stages, wm, wn } = s;
+    let Schedule { bm, bn, stages, wm, wn } = s;
     let (streams, columns, dtype) = (segment.streams.len(), segment.n(), group.dtype);
     let pack = pack_of(l, number)?;
     let w = l.pack("w", pack);
     let warp = l.warp();
-    let steps = group.k.div_ceil(bk);
+    let steps = group.k.div_ceil(panel(dtype));
     let rows = Expr::from(group.m);
     let (tiles_m, tiles_n) = ((rows.clone() + (bm - 1)) / bm, columns.div_ceil(bn));
     let mut result = Ok(());
@@ -272,39 +314,30 @@ fn product(
 impl Tile<'_> {
     /// Begins to copy a step's tiles to a stage; beyond `k` they are zero.
     fn fetch(&self, k: &mut Builder, stage: Expr, step: Expr) {
-        let Schedule { bm, bn, bk, wm, wn, .. } = self.s;
-        let wide = chunk(self.group.dtype);
-        let threads = wm * wn * usize::from(WARP);
+        let Schedule { bm, bn, wm, wn, .. } = self.s;
+        let (wide, deep) = (chunk(self.group.dtype), panel(self.group.dtype));
         let last = Expr::from(self.group.m) - 1usize;
-        let copies = |k: &mut Builder, rows: usize, copy: &dyn Fn(&mut Builder, Expr, Expr, Expr)| {
-            let count = rows * bk / wide;
-            k.unroll("c", count.div_ceil(threads), |k, c| {
-                let number = k.let_("number", c * threads + Expr::Thread);
-                let one = |k: &mut Builder| {
-                    let row = k.let_("row", number.clone() / (bk / wide));
-                    let deep = k.let_("deep", number.clone() % (bk / wide) * wide);
-                    let at = k.let_("at", step.clone() * bk + deep.clone());
-                    copy(k, row, deep, at);
-                };
-                if count.is_multiple_of(threads) {
-                    one(k);
-                } else {
-                    k.if_(number.clone().compare(Compare::Lt, count), one);
-                }
-            });
-        };
-        copies(k, bm, &|k, row, deep, at| {
+        let begin = k.let_("begin", step * deep);
+        copies(k, bm, deep / wide, wm * wn, |k, row, chunk| {
+            let column = k.let_("column", chunk * wide);
+            let at = k.let_("at", begin.clone() + column.clone());
             let left = (Expr::from(self.group.k) - at.clone()).max(0i64).min(wide);
             let from = [(self.m.clone() + row.clone()).min(last.clone()), at];
-            k.copy((self.tile_a, &[stage.clone(), row, deep]), (self.a, &from), left);
+            k.copy((self.tile_a, &[stage.clone(), row, column]), (self.a, &from), left);
         });
-        copies(k, self.streams * bn, &|k, row, deep, at| {
+        copies(k, self.streams * bn, deep / wide, wm * wn, |k, row, chunk| {
+            let column = k.let_("column", chunk * wide);
+            let at = k.let_("at", begin.clone() + column.clone());
             // Rows of weights are padded with zeros to whole chunks.
             let padded = self.group.k.next_multiple_of(wide);
             let left = (Expr::from(padded) - at.clone()).max(0i64).min(wide);
-            let column = (self.n.clone() + row.clone() % bn).min(self.columns - 1);
-            let from = [column, row.clone() / bn, Expr::Int(0), at];
-            k.copy((self.tile_w, &[stage.clone(), row, deep]), (self.w, &from), left);
+            let from = [
+                (self.n.clone() + row.clone() % bn).min(self.columns - 1),
+                row.clone() / bn,
+                Expr::Int(0),
+                at,
+            ];
+            k.copy((self.tile_w, &[stage.clone(), row, column]), (self.w, &from), left);
         });
     }
 
@@ -326,7 +359,7 @@ impl Tile<'_> {
         let row_w =
             k.let_("row_w", self.warp_n.clone() + lane.clone() % 8usize + lane.clone() / 16usize * 8usize);
         let deep_w = k.let_("deep_w", lane / 8usize % 2usize * 8usize);
-        k.unroll("d", self.s.bk / 16, |k, d| {
+        k.unroll("d", panel(dtype) / 16, |k, d| {
             let deep = d * 16usize;
             k.unroll("i", across, |k, i| {
                 let at = [stage.clone(), row_a.clone() + i.clone() * 16usize, deep.clone() + deep_a.clone()];
@@ -364,7 +397,7 @@ impl Tile<'_> {
         let right = k.reg("right", four, &[2], None);
         let row_a = k.let_("row_a", self.warp_m.clone() + lane.clone() / 4usize);
         let row_w = k.let_("row_w", self.warp_n.clone() + lane % 4usize * 2usize);
-        k.for_("deep", 0usize, self.s.bk, 4, |k, deep| {
+        k.for_("deep", 0usize, panel(self.group.dtype), 4, |k, deep| {
             k.unroll("i", across, |k, i| {
                 k.unroll("h", 2, |k, h| {
                     let row = row_a.clone() + i.clone() * 16usize + h.clone() * 8usize;

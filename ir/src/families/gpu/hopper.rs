@@ -6,9 +6,9 @@
 pub mod flash;
 pub mod gemm;
 
-use crate::dtype::DType;
+use super::panel;
 use crate::families::access::Lowering;
-use crate::kernel::warpgroup::{MbarrierAt, MbarrierId, ROW_BYTES, WARPGROUP, Warpgroup};
+use crate::kernel::warpgroup::{MbarrierAt, MbarrierId, WARPGROUP, Warpgroup};
 use crate::kernel::{Builder, Expr, WARP};
 use crate::op::Compare;
 
@@ -24,11 +24,6 @@ const MULTIPROCESSORS: usize = 132;
 /// Registers of a thread that only fetches, and of one that multiplies beside another group: 128 and twice 128 threads share
 /// 65,536.
 const REGISTERS: (u16, u16) = (24, 240);
-
-/// Columns of a panel: elements of a row of swizzled memory.
-fn panel(dtype: DType) -> usize {
-    ROW_BYTES / dtype.bytes(1)
-}
 
 /// Tiles in shared memory that one thread fills and warpgroups empty, round and round.
 struct Ring {

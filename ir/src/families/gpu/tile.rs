@@ -9,8 +9,8 @@
 //! to 16. bf16 and f16 are multiplied by `mma`, with `exp2` and the scale folded into it; f32 by FMA, through weights in shared
 //! memory.
 
-use super::chunk;
 use super::softmax::{Blocks, Ends, Operands, Positions, Results, Rows, Softmax, operands};
+use super::{chunk, copies};
 use crate::dtype::DType;
 use crate::families::access::{Lowering, Warp, paged};
 use crate::families::attention::{Shape, shape_of};
@@ -282,31 +282,6 @@ impl<'a> Tile<'a> {
         k.for_("tile", masked, end.clone(), 1, |k, at| body(k, at, true));
         tile
     }
-}
-
-/// The chunks of so many rows shared out over the threads of so many warps; `copy` has a row and a chunk's number in it.
-fn copies(
-    k: &mut Builder,
-    rows: usize,
-    chunks: usize,
-    warps: usize,
-    copy: impl Fn(&mut Builder, Expr, Expr),
-) {
-    let threads = warps * usize::from(WARP);
-    k.unroll("c", (rows * chunks).div_ceil(threads), |k, c| {
-        let (row, chunk) = match threads.is_multiple_of(chunks) {
-            // A thread stays in its column: its addresses differ by constants, which take no registers.
-            true => (c * (threads / chunks) + Expr::Thread / chunks, Expr::Thread % chunks),
-            false => {
-                let number = k.let_("number", c * threads + Expr::Thread);
-                (number.clone() / chunks, number % chunks)
-            }
-        };
-        match (rows * chunks).is_multiple_of(threads) {
-            true => copy(k, row, chunk),
-            false => k.if_(row.clone().compare(Compare::Lt, rows), |k| copy(k, row, chunk)),
-        }
-    });
 }
 
 impl Tile<'_> {
