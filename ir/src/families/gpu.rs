@@ -152,8 +152,7 @@ pub fn attention_tile(schedule: &str) -> Option<AttentionTile> {
     if schedule.starts_with(BY_GROUPS) {
         return hopper::flash::Schedule::parse(schedule).ok().map(|s| s.tile());
     }
-    let tile = |s: tile::Schedule| AttentionTile { rows: 16 * s.warps, keys: s.keys, split: s.split };
-    tile::Schedule::parse(schedule).ok().map(tile)
+    tile::Schedule::parse(schedule).ok().map(|s| s.tile())
 }
 
 /// The packings that a group's weights need, one a segment: rows of memory.
@@ -215,7 +214,10 @@ mod tests {
     #[test]
     fn the_order_of_sums_is_told_by_the_schedule() {
         let class = |family, schedule| numeric_class(family, schedule).unwrap();
-        assert_eq!(class(Family::Attention, "warps 4, keys 64, hold 1, split 256"), "keys 64, split 256");
+        assert_eq!(
+            class(Family::Attention, "warps 4, rows 16, keys 64, hold 1, split 256"),
+            "keys 64, split 256"
+        );
         assert_eq!(class(Family::Attention, "consumers 2, keys 128, stages 2"), "keys 128");
         assert_eq!(class(Family::Dot, "bm 16, bn 64, stages 4, wm 1, wn 4"), "");
         assert_eq!(class(Family::Dot, "consumers 2, bn 256, stages 4, band 8"), "");

@@ -7,7 +7,7 @@
 //! in each step: CTAs whose split nobody sees do nothing.
 
 use super::softmax::{Rows, Share, decay};
-use super::tile::{Attention, Schedule, Tile};
+use super::tile::{Attention, Schedule, Strip, Tile};
 use crate::dtype::DType;
 use crate::families::access::Lowering;
 use crate::families::attention::Shape;
@@ -39,16 +39,18 @@ pub fn lower(view: &GroupView<'_>, s: Schedule) -> Result<Lowered, LowerError> {
             let end = k.let_("stop", ends.end.clone().min(begin.clone() + s.split / s.keys));
             let masked = k.let_("masked", ends.whole.clone().max(begin.clone()).min(end.clone()));
             let tile = Tile::run(k, &a, (&rows, &ends), [begin, masked, end]);
-            tile.softmax.each_row(k, (&rows, &tile.row), |k, half, [step, query], total| {
-                let part = k.let_("at", (step * heads + query) * splits + split.clone());
-                tile.sums.each_pair(k, &lane, a.d / 8, half, |k, column, sum| {
-                    k.store(parts, &[part.clone(), column], sum);
+            for Strip { row, softmax, sums } in &tile.strips {
+                softmax.each_row(k, (&rows, row), |k, half, [step, query], total| {
+                    let part = k.let_("at", (step * heads + query) * splits + split.clone());
+                    sums.each_pair(k, &lane, a.d / 8, half, |k, column, sum| {
+                        k.store(parts, &[part.clone(), column], sum);
+                    });
+                    let highest = softmax.highest(k, half);
+                    k.if_(softmax.first_of_row(), |k| {
+                        k.store(parts, &[part, a.d.into()], highest.join(total));
+                    });
                 });
-                let highest = tile.softmax.highest(k, half);
-                k.if_(tile.softmax.first_of_row(), |k| {
-                    k.store(parts, &[part, a.d.into()], highest.join(total));
-                });
-            });
+            }
             // The next turn copies over what others may still read.
             k.sync();
         });

@@ -19,7 +19,9 @@ pub fn lower(view: &GroupView<'_>, s: Schedule) -> Result<Lowered, LowerError> {
         let ends = rows.tiles_of_keys(k, s.keys);
         let all = [0usize.into(), ends.whole.clone(), ends.end.clone()];
         let tile = Tile::run(k, &a, (&rows, &ends), all);
-        tile.softmax.store(k, (&rows, &tile.row), tile.sums, a.to);
+        for strip in &tile.strips {
+            strip.softmax.store(k, (&rows, &strip.row), strip.sums, a.to);
+        }
         // The next turn copies over what others may still read.
         k.sync();
     });

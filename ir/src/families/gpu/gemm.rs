@@ -78,6 +78,11 @@ impl Schedule {
         streams * self.bm * self.bn / (self.wm * self.wn * usize::from(WARP))
     }
 
+    /// Is there shared memory for eight warps? More registers an SM does not have for so many sums; with less, waits show.
+    fn fills(self, streams: usize, gpu: &Gpu) -> bool {
+        (8 / (self.wm * self.wn)).max(1) * self.shared_bytes(streams) <= gpu.shared_bytes
+    }
+
     /// What the whole product costs on an A100, in a unit of its own: rounds of CTAs, by the time of a tile. That is what tensor
     /// cores take, or shared memory, if more: each warp reads its rows and columns, and copies bring each once.
     fn cost(self, rows: usize, segments: &[Segment]) -> usize {
@@ -136,7 +141,7 @@ pub fn schedules(view: &GroupView<'_>, gpu: &Gpu) -> Result<Vec<String>, LowerEr
     }
     // Few rows are bound by reading weights, which small tiles spread over more CTAs.
     if most > 64 {
-        found.sort_by_key(|s| s.cost(most, &group.segments));
+        found.sort_by_key(|s| (s.cost(most, &group.segments), !s.fills(streams, gpu)));
     }
     let found: Vec<String> = found.into_iter().map(|s| schedule::print(&s.fields())).collect();
     match found.is_empty() {

@@ -1,16 +1,20 @@
 //! Tiles of an attention: rows of queries against tiles of keys, for [`super::flash`] and [`super::decode`].
 //!
 //! A row is a position and a query head; the heads that share a KV head are rows beside each other, so that a tile of keys
-//! serves them all. A CTA does a tile of rows, 16 a warp, against tiles of `keys`, which pass through a ring of two in shared
-//! memory: while one is multiplied, the next is copied. Scores stay in registers: their layout as sums of one product is that
-//! of the left operand of the next. Each thread has two rows' maxima and sums; a row's four threads exchange them by shuffles.
+//! serves them all. A CTA does a tile of rows, 16 or 32 a warp, against tiles of `keys`, which pass through a ring of two in
+//! shared memory: while one is multiplied, the next is copied. Scores stay in registers: their layout as sums of one product is
+//! that of the left operand of the next. Of each 16 rows of its warp a thread has two rows' maxima and sums; a row's four
+//! threads exchange them by shuffles.
+//!
+//! A warp reads all keys and values from shared memory. With 16 rows that takes as long as the tensor cores do; two strips of 16
+//! share what is read, and it takes half.
 //!
 //! Tiles in which every row sees every key need no mask; the last tiles compare positions. Rows of a head are padded with zeros
 //! to 16. bf16 and f16 are multiplied by `mma`, with `exp2` and the scale folded into it; f32 by FMA, through weights in shared
 //! memory.
 
 use super::softmax::{Blocks, Ends, Operands, Positions, Results, Rows, Softmax, operands};
-use super::{chunk, copies};
+use super::{AttentionTile, chunk, copies};
 use crate::dtype::DType;
 use crate::families::access::{Lowering, Warp, paged};
 use crate::families::attention::{Shape, shape_of};
@@ -23,8 +27,10 @@ use crate::target::Gpu;
 /// Tile sizes of an attention.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Schedule {
-    /// Warps of a CTA: it does 16 rows for each.
+    /// Warps of a CTA.
     pub warps: usize,
+    /// Rows of a warp: 16 or 32.
+    pub rows: usize,
     /// Keys of a tile.
     pub keys: usize,
     /// Do queries stay in registers (1), or are they read anew for each tile (0)?
@@ -35,11 +41,12 @@ pub struct Schedule {
 
 impl Schedule {
     /// The fields, for text, tuning and the numeric class: maxima are taken tile by tile, sums split by split.
-    pub fn fields(self) -> [Field; 4] {
-        let Schedule { warps, keys, hold, split } = self;
+    pub fn fields(self) -> [Field; 5] {
+        let Schedule { warps, rows, keys, hold, split } = self;
         let field = |name, value, numeric| Field { name, value, numeric };
         [
             field("warps", warps, false),
+            field("rows", rows, false),
             field("keys", keys, true),
             field("hold", hold, false),
             field("split", split, true),
@@ -52,16 +59,32 @@ impl Schedule {
     ///
     /// What does not fit, in words.
     pub fn parse(text: &str) -> Result<Schedule, String> {
-        let mut fields = Schedule { warps: 0, keys: 0, hold: 0, split: 0 }.fields();
+        let mut fields = Schedule { warps: 0, rows: 0, keys: 0, hold: 0, split: 0 }.fields();
         schedule::parse(text, &mut fields)?;
-        let [warps, keys, hold, split] = fields.map(|f| f.value);
-        match (1..=16).contains(&warps) && matches!(keys, 16 | 32 | 64) && hold <= 1 && split % keys == 0 {
-            true => Ok(Schedule { warps, keys, hold, split }),
-            false => {
-                Err("warps must be 1 to 16, keys 16, 32 or 64, hold 0 or 1, split a multiple of keys"
-                    .to_string())
-            }
+        let [warps, rows, keys, hold, split] = fields.map(|f| f.value);
+        let fits = (1..=16).contains(&warps) && matches!(rows, 16 | 32) && matches!(keys, 16 | 32 | 64);
+        match fits && hold <= 1 && split % keys == 0 {
+            true => Ok(Schedule { warps, rows, keys, hold, split }),
+            false => Err("warps must be 1 to 16, rows 16 or 32, keys 16, 32 or 64, hold 0 or 1, split a multiple of keys"
+                .to_string()),
         }
+    }
+
+    /// How an attention is cut.
+    pub fn tile(self) -> AttentionTile {
+        AttentionTile { rows: self.of_cta(), keys: self.keys, split: self.split }
+    }
+
+    /// Rows of a CTA.
+    fn of_cta(self) -> usize {
+        self.warps * self.rows
+    }
+
+    /// Is it for two strips a warp? There must be rows for four warps, and registers for sums and scores: with a head of 128
+    /// and 64 keys, 192 of a thread, others are spilled.
+    fn shares(self, shape: &Shape, steps: usize) -> bool {
+        let enough = 4 * self.rows <= steps * shape.per_kv;
+        enough && self.split == 0 && shape.dtype != DType::F32 && padded(shape.d) + self.keys <= 160
     }
 
     /// Bytes of shared memory of a CTA.
@@ -69,8 +92,8 @@ impl Schedule {
         let Shape { d, dtype, .. } = *shape;
         let pitch = padded(d) + chunk(dtype);
         let rows = |rows: usize, pitch: usize| (rows * pitch * dtype.bytes(1)).next_multiple_of(128);
-        let weights = if dtype == DType::F32 { rows(16 * self.warps, self.keys + 4) } else { 0 };
-        rows(16 * self.warps, pitch) + 2 * rows(2 * self.keys, pitch) + weights
+        let weights = if dtype == DType::F32 { rows(self.of_cta(), self.keys + 4) } else { 0 };
+        rows(self.of_cta(), pitch) + 2 * rows(2 * self.keys, pitch) + weights
     }
 }
 
@@ -99,15 +122,18 @@ pub fn schedules(view: &GroupView<'_>, gpu: &Gpu) -> Result<Vec<String>, LowerEr
     let splits = SPLITS.into_iter().filter(|&split| steps <= FEW && split < shape.slots);
     let mut found = Vec::new();
     for split in splits.chain([0]) {
-        for keys in [64, 32, 16] {
-            for warps in [4, 8, 2, 1] {
-                // Queries of a head in registers beside its sums: no more than half of them.
-                let hold = usize::from(shape.d <= 128 && shape.dtype != DType::F32);
-                let schedule = Schedule { warps, keys, hold, split };
-                if schedule.shared_bytes(&shape) <= gpu.shared_bytes
-                    && (warps == 1 || 16 * warps < 2 * steps * shape.per_kv)
-                {
-                    found.push(schedule);
+        for rows in [32, 16] {
+            for keys in [64, 32, 16] {
+                for warps in [4, 8, 2, 1] {
+                    // Queries of a head in registers beside its sums: no more than half of them.
+                    let hold = usize::from(rows * shape.d <= 16 * 128 && shape.dtype != DType::F32);
+                    let schedule = Schedule { warps, rows, keys, hold, split };
+                    if schedule.shared_bytes(&shape) <= gpu.shared_bytes
+                        && (warps == 1 || schedule.of_cta() < 2 * steps * shape.per_kv)
+                        && (rows == 16 || schedule.shares(&shape, steps))
+                    {
+                        found.push(schedule);
+                    }
                 }
             }
         }
@@ -173,7 +199,7 @@ impl Attention {
             );
         }
         let Operands { q, k, v, pos, to } = operands(l)?;
-        let (d, bm) = (padded(shape.d), 16 * s.warps);
+        let (d, bm) = (padded(shape.d), s.of_cta());
         let pitch = d + chunk(dtype);
         let tile_q = l.k.shared("tile_q", dtype, &[bm, d], pitch);
         let tile_k = l.k.shared("tile_k", dtype, &[2, s.keys, d], pitch);
@@ -203,7 +229,7 @@ impl Attention {
 
     /// Rows of a CTA.
     pub fn count(&self) -> usize {
-        16 * self.s.warps
+        self.s.of_cta()
     }
 
     /// Is it computed by FMA?
@@ -218,11 +244,17 @@ pub(super) struct Tile<'a> {
     pub lane: Expr,
     /// The KV head.
     head: Expr,
-    /// First row of this warp in the tile, and of this thread.
+    /// First row of this warp in the tile.
     warp_row: Expr,
-    pub row: Expr,
-    /// Queries, as left operands: `[d / 16]`.
+    /// Queries, as left operands: `[strip, d / 16]`.
     queries: Option<RegId>,
+    pub strips: Vec<Strip>,
+}
+
+/// 16 rows of a warp.
+pub(super) struct Strip {
+    /// First row of this thread in the tile.
+    pub row: Expr,
     pub softmax: Softmax,
     /// By 8 columns each.
     pub sums: Blocks,
@@ -239,7 +271,7 @@ impl<'a> Tile<'a> {
         let Attention { s, d, shape, .. } = *a;
         // Queries to shared memory; they arrive with the first tile of keys.
         let wide = chunk(shape.dtype);
-        copies(k, 16 * s.warps, d / wide, s.warps, |k, i, chunk| {
+        copies(k, s.of_cta(), d / wide, s.warps, |k, i, chunk| {
             let i = k.let_("i", i);
             let column = k.let_("column", chunk * wide);
             let r = k.let_("r", rows.existing(i.clone()));
@@ -248,14 +280,19 @@ impl<'a> Tile<'a> {
             k.copy((a.tile_q, &[i, column.clone()]), (a.q, &[t, head, column]), left);
         });
         let (mma, dtype, lane) = (!a.fma(), shape.dtype, a.warp.lane.clone());
-        let queries =
-            (s.hold == 1 && mma).then(|| k.reg("queries", Type::Vector { dtype, lanes: 8 }, &[d / 16], None));
-        let warp_row = k.let_("warp_row", a.warp.number.clone() * 16usize);
-        let row = k.let_("mine", warp_row.clone() + lane.clone() / 4usize);
-        let scores = Blocks::new(k, "scores", s.keys / 8, !mma, None);
-        let sums = Blocks::new(k, "sums", d / 8, !mma, Some(0.0));
-        let softmax = Softmax::new(k, rows, ends, (&row, &lane), s.keys, a.scale, scores);
-        let tile = Tile { a, lane, head: rows.head.clone(), warp_row, row, queries, softmax, sums };
+        let count = s.rows / 16;
+        let fragment = Type::Vector { dtype, lanes: 8 };
+        let queries = (s.hold == 1 && mma).then(|| k.reg("queries", fragment, &[count, d / 16], None));
+        let warp_row = k.let_("warp_row", a.warp.number.clone() * s.rows);
+        let strips = (0..count).map(|n| {
+            let row = k.let_("mine", warp_row.clone() + 16 * n + lane.clone() / 4usize);
+            let scores = Blocks::new(k, "scores", s.keys / 8, !mma, None);
+            let sums = Blocks::new(k, "sums", d / 8, !mma, Some(0.0));
+            let softmax = Softmax::new(k, rows, ends, (&row, &lane), s.keys, a.scale, scores);
+            Strip { row, softmax, sums }
+        });
+        let strips = strips.collect();
+        let tile = Tile { a, lane, head: rows.head.clone(), warp_row, queries, strips };
         tile.fetch(k, begin.clone() % 2usize, begin.clone());
         k.commit();
         let body = |k: &mut Builder, at: Expr, masked: bool| {
@@ -269,14 +306,18 @@ impl<'a> Tile<'a> {
             k.wait(1);
             k.sync();
             let stage = k.let_("stage", at.clone() % 2usize);
-            if mma {
-                tile.scores_mma(k, &stage, &at, &begin)
-            } else {
-                tile.scores_fma(k, &stage)
+            match mma {
+                true => tile.scores_mma(k, &stage, &at, &begin),
+                false => tile.strips.iter().for_each(|strip| tile.scores_fma(k, &stage, strip)),
             }
-            let shrinks = tile.softmax.weights(k, &at, masked);
-            tile.sums.scale(k, d / 8, &shrinks);
-            if mma { tile.sums_mma(k, &stage) } else { tile.sums_fma(k, &stage) }
+            for strip in &tile.strips {
+                let shrinks = strip.softmax.weights(k, &at, masked);
+                strip.sums.scale(k, d / 8, &shrinks);
+            }
+            match mma {
+                true => tile.sums_mma(k, &stage),
+                false => tile.strips.iter().for_each(|strip| tile.sums_fma(k, &stage, strip)),
+            }
         };
         k.for_("tile", begin.clone(), masked.clone(), 1, |k, at| body(k, at, false));
         k.for_("tile", masked, end.clone(), 1, |k, at| body(k, at, true));
@@ -307,26 +348,37 @@ impl Tile<'_> {
         let lane = self.lane.clone();
         let row = k.let_("row", self.warp_row.clone() + lane.clone() % 16usize);
         let deep = k.let_("deep", lane.clone() / 16usize * 8usize);
-        let query = |k: &Builder, at: &Expr| {
-            k.matrix(self.a.tile_q, &[row.clone(), at.clone() * 16usize + deep.clone()], 4, false)
+        let query = |k: &Builder, strip: usize, at: &Expr| {
+            let place = [row.clone() + 16 * strip, at.clone() * 16usize + deep.clone()];
+            k.matrix(self.a.tile_q, &place, 4, false)
         };
+        let strips = self.strips.len();
         if let Some(queries) = self.queries {
             k.if_(tile.clone().compare(Compare::Eq, begin.clone()), |k| {
                 k.unroll("d", self.a.d / 16, |k, at| {
-                    let loaded = query(k, &at);
-                    k.set(queries, &[at], loaded);
+                    for strip in 0..strips {
+                        let loaded = query(k, strip, &at);
+                        k.set(queries, &[strip.into(), at.clone()], loaded);
+                    }
                 });
             });
         }
-        k.unroll("j", self.a.s.keys / 8, |k, j| k.set(self.softmax.scores.reg, &[j], Expr::f32(0.0, 4)));
+        for strip in &self.strips {
+            let scores = strip.softmax.scores.reg;
+            k.unroll("j", self.a.s.keys / 8, |k, j| k.set(scores, &[j], Expr::f32(0.0, 4)));
+        }
         let key = k.let_("key", lane.clone() % 8usize + lane.clone() / 16usize * 8usize);
         let part = k.let_("part", lane / 8usize % 2usize * 8usize);
         k.unroll("d", self.a.d / 16, |k, at| {
-            let left = match self.queries {
-                Some(queries) => k.get(queries, std::slice::from_ref(&at)),
-                None => query(k, &at),
-            };
-            let left = k.let_("left", left);
+            let lefts: Vec<Expr> = (0..strips)
+                .map(|strip| {
+                    let left = match self.queries {
+                        Some(queries) => k.get(queries, &[strip.into(), at.clone()]),
+                        None => query(k, strip, &at),
+                    };
+                    k.let_("left", left)
+                })
+                .collect();
             k.unroll("j", self.a.s.keys / 16, |k, j| {
                 let place =
                     [stage.clone(), j.clone() * 16usize + key.clone(), at.clone() * 16usize + part.clone()];
@@ -335,20 +387,23 @@ impl Tile<'_> {
                 for half in 0..2u16 {
                     let block = [j.clone() * 2usize + i64::from(half)];
                     let b = right.clone().lanes(4 * half, 4);
-                    let sum = k.get(self.softmax.scores.reg, &block).mma(left.clone(), b);
-                    k.set(self.softmax.scores.reg, &block, sum);
+                    for (strip, left) in self.strips.iter().zip(&lefts) {
+                        let scores = strip.softmax.scores.reg;
+                        let sum = k.get(scores, &block).mma(left.clone(), b.clone());
+                        k.set(scores, &block, sum);
+                    }
                 }
             });
         });
     }
 
     /// `scores = q k^T`, by FMA: a thread has two rows and two keys of each 16 by 8.
-    fn scores_fma(&self, k: &mut Builder, stage: &Expr) {
+    fn scores_fma(&self, k: &mut Builder, stage: &Expr, strip: &Strip) {
         let four = Type::f32(4);
-        let row = k.let_("row", self.warp_row.clone() + self.lane.clone() / 4usize);
+        let (row, scores) = (&strip.row, strip.softmax.scores.reg);
         let key = k.let_("key", self.lane.clone() % 4usize * 2usize);
         k.unroll("j", self.a.s.keys / 8, |k, j| {
-            k.unroll("e", 4, |k, e| k.set(self.softmax.scores.reg, &[j, e], Expr::f32(0.0, 1)));
+            k.unroll("e", 4, |k, e| k.set(scores, &[j, e], Expr::f32(0.0, 1)));
         });
         let left = k.reg("left", four, &[2], None);
         let right = k.reg("right", four, &[2], None);
@@ -366,12 +421,12 @@ impl Tile<'_> {
                 k.unroll("h", 2, |k, h| {
                     k.unroll("e", 2, |k, e| {
                         let place = [j.clone(), h.clone() * 2usize + e.clone()];
-                        let mut sum = k.get(self.softmax.scores.reg, &place);
+                        let mut sum = k.get(scores, &place);
                         for lane in 0..4 {
                             let x = k.get(left, std::slice::from_ref(&h)).lanes(lane, 1);
                             sum = x.fma(k.get(right, std::slice::from_ref(&e)).lanes(lane, 1), sum);
                         }
-                        k.set(self.softmax.scores.reg, &place, sum);
+                        k.set(scores, &place, sum);
                     });
                 });
             });
@@ -385,8 +440,12 @@ impl Tile<'_> {
         let key = k.let_("key", lane.clone() % 16usize);
         let part = k.let_("part", lane / 16usize * 8usize);
         k.unroll("s", self.a.s.keys / 16, |k, s| {
-            let [low, high] = [0i64, 1].map(|e| k.get(self.softmax.scores.reg, &[s.clone() * 2usize + e]));
-            let left = k.let_("left", low.join(high).cast(dtype));
+            let left = |k: &mut Builder, strip: &Strip| {
+                let block = |e: i64| k.get(strip.softmax.scores.reg, &[s.clone() * 2usize + e]);
+                let left = block(0).join(block(1)).cast(dtype);
+                k.let_("left", left)
+            };
+            let lefts: Vec<Expr> = self.strips.iter().map(|strip| left(k, strip)).collect();
             k.unroll("j", self.a.d / 16, |k, j| {
                 let place =
                     [stage.clone(), s.clone() * 16usize + key.clone(), j.clone() * 16usize + part.clone()];
@@ -395,21 +454,23 @@ impl Tile<'_> {
                 for half in 0..2u16 {
                     let block = [j.clone() * 2usize + i64::from(half)];
                     let b = right.clone().lanes(4 * half, 4);
-                    let sum = k.get(self.sums.reg, &block).mma(left.clone(), b);
-                    k.set(self.sums.reg, &block, sum);
+                    for (strip, left) in self.strips.iter().zip(&lefts) {
+                        let sum = k.get(strip.sums.reg, &block).mma(left.clone(), b.clone());
+                        k.set(strip.sums.reg, &block, sum);
+                    }
                 }
             });
         });
     }
 
     /// `sums += weights v`, by FMA, the weights by way of shared memory.
-    fn sums_fma(&self, k: &mut Builder, stage: &Expr) {
+    fn sums_fma(&self, k: &mut Builder, stage: &Expr, strip: &Strip) {
         let weights = self.a.weights.expect("f32 has them");
-        let row = k.let_("row", self.warp_row.clone() + self.lane.clone() / 4usize);
+        let (row, sums) = (&strip.row, strip.sums.reg);
         let pair = k.let_("pair", self.lane.clone() % 4usize * 2usize);
         k.unroll("j", self.a.s.keys / 8, |k, j| {
             for half in 0..2usize {
-                let value = self.softmax.scores.pair(k, &j, half);
+                let value = strip.softmax.scores.pair(k, &j, half);
                 k.store(weights, &[row.clone() + 8 * half, j.clone() * 8usize + pair.clone()], value);
             }
         });
@@ -426,8 +487,8 @@ impl Tile<'_> {
                 for (half, weight) in weight.iter().enumerate() {
                     for e in 0..2u16 {
                         let place = [j.clone(), (2 * half + usize::from(e)).into()];
-                        let sum = weight.clone().fma(value.clone().lanes(e, 1), k.get(self.sums.reg, &place));
-                        k.set(self.sums.reg, &place, sum);
+                        let sum = weight.clone().fma(value.clone().lanes(e, 1), k.get(sums, &place));
+                        k.set(sums, &place, sum);
                     }
                 }
             });

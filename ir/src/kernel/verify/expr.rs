@@ -48,14 +48,12 @@ impl Ctx<'_> {
             }
             Expr::Load { buffer, index, lanes } => {
                 let found = self.element(*buffer, index, *lanes)?;
-                if found.space == Space::Swizzled {
-                    return rule(Rule::Space {
-                        name: found.name.clone(),
-                        expected: "global, local or shared",
-                    });
+                let ty = Type::Vector { dtype: found.dtype, lanes: *lanes };
+                // A chunk of a row stays together.
+                if found.space == Space::Swizzled && usize::from(*lanes) * found.dtype.bytes(1) > 16 {
+                    return operand("load from swizzled memory", ty);
                 }
-                let dtype = found.dtype;
-                Type::Vector { dtype, lanes: *lanes }
+                ty
             }
             Expr::Arith(op, a, b) => self.arith(*op, a, b)?,
             Expr::Fma(a, b, c) => {
