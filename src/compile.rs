@@ -5,13 +5,14 @@ use crate::tune::table::{Choices, Table};
 use crate::weights::{self, Source};
 use codegen::Backend;
 use codegen::cpu::CodegenError;
-use codegen::nvptx::Architecture;
+use codegen::nvptx::{self, Architecture};
 use codegen::ptxas::{self, PtxasError, Tool};
 use ir::DType;
 use ir::families::LowerError;
 use ir::plan::Plan;
 use models::{Config, ReadError};
 use runtime::artifact::{ArtifactError, ArtifactWriter};
+use runtime::gpu;
 use runtime::manifest::{self, Manifest, TargetCode};
 use runtime::whole_file::{self, WriteError};
 use std::cell::Cell;
@@ -230,6 +231,14 @@ pub fn lower(request: &Request<'_>, target: &str, taps: bool) -> Result<Code, Co
     Ok(Code { backend, lowered, llvm })
 }
 
+/// The architecture whose code a GPU of this compute capability, in tenths, takes first, if it allows a CTA so many bytes of
+/// shared memory; none for one that is too old.
+pub fn architecture_for(capability: u32, shared_bytes: u32) -> Option<&'static Architecture> {
+    let (machine, _) = gpu::takes(capability).first()?;
+    let fit = nvptx::of_machine(machine).filter(|a| a.shared_bytes <= shared_bytes as usize);
+    fit.max_by_key(|a| a.shared_bytes)
+}
+
 /// Compiles a model to `file`.
 ///
 /// # Errors
@@ -284,6 +293,7 @@ pub fn compile(
             name: code.backend.name().to_string(),
             abi: code.backend.abi(),
             requires: code.backend.requires(),
+            shared_bytes: code.backend.shared_bytes(),
             arch: code.backend.arch(),
             weights: weights_section(&code.backend).to_string(),
             ptxas: cubin.as_ref().map(|(version, _)| version.clone()),

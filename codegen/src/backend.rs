@@ -66,6 +66,14 @@ impl Backend {
         }
     }
 
+    /// Bytes of shared memory that a GPU must allow a CTA; 0 for a CPU.
+    pub fn shared_bytes(&self) -> usize {
+        match self {
+            Backend::Cpu(_) => 0,
+            Backend::Cuda(architecture) => architecture.shared_bytes,
+        }
+    }
+
     /// The instruction set, as an artifact names it.
     pub fn arch(&self) -> String {
         let triple = match self {

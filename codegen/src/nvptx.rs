@@ -19,7 +19,7 @@ use std::collections::BTreeSet;
 /// A GPU that PTX can be made for.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Architecture {
-    /// As on the command line: `cuda:sm_80`.
+    /// As on the command line: `cuda:sm_80`. No two have one.
     pub name: &'static str,
     /// LLVM's name of it, which is PTX's.
     pub cpu: &'static str,
@@ -27,7 +27,7 @@ pub struct Architecture {
     pub isa: &'static str,
     /// What it is, in a line.
     pub meaning: &'static str,
-    /// Bytes of shared memory that kernels may use: what the least of the GPUs allows that run it.
+    /// Bytes of shared memory that a kernel's CTA may use. One machine may have several: GPUs differ in what they allow.
     pub shared_bytes: usize,
     /// Has it what [`ir::kernel::warpgroup`] tells of?
     pub warpgroups: bool,
@@ -40,12 +40,20 @@ pub(crate) const TRIPLE: &str = "nvptx64-nvidia-cuda";
 pub const ABI: u32 = 1;
 
 /// Every architecture.
-pub const ARCHITECTURES: [Architecture; 2] = [
+pub const ARCHITECTURES: [Architecture; 3] = [
     Architecture {
         name: "cuda:sm_80",
         cpu: "sm_80",
         isa: "+ptx74",
-        meaning: "NVIDIA GPUs from Ampere (2020) on",
+        meaning: "NVIDIA GPUs from Ampere (2020) on with 163 KiB of shared memory for a CTA, as A100",
+        shared_bytes: 163 << 10,
+        warpgroups: false,
+    },
+    Architecture {
+        name: "cuda:sm_80-99k",
+        cpu: "sm_80",
+        isa: "+ptx74",
+        meaning: "the same with 99 KiB: all NVIDIA GPUs from Ampere on, as GeForce RTX 30 to 50",
         shared_bytes: 99 << 10,
         warpgroups: false,
     },
@@ -58,6 +66,11 @@ pub const ARCHITECTURES: [Architecture; 2] = [
         warpgroups: true,
     },
 ];
+
+/// All architectures of a machine: `sm_80`.
+pub fn of_machine(cpu: &str) -> impl Iterator<Item = &'static Architecture> {
+    ARCHITECTURES.iter().filter(move |a| a.cpu == cpu)
+}
 
 /// The architecture of that name.
 pub fn architecture(name: &str) -> Option<&'static Architecture> {

@@ -161,7 +161,7 @@ fn check_room(needed: u64, available: u64) -> Result<(), DeviceError> {
 impl CudaProgram {
     fn load(artifact: &Artifact, device: &Cuda, seed: Option<u64>) -> Result<CudaProgram, DeviceError> {
         let manifest: Manifest = artifact.manifest()?;
-        let target = gpu::choose(artifact.file(), &manifest, device.gpu.capability)?;
+        let target = gpu::choose(artifact.file(), &manifest, device.gpu.capability, device.gpu.shared_bytes)?;
         let code = GpuCode::read(artifact, target)?;
         let context = Context::open(device.driver, device.gpu.clone())?;
         let module = load_module(artifact, target, &code, &context)?;

@@ -83,7 +83,8 @@ fn machine(target: &TargetCode) -> Option<&str> {
     target.requires.first().filter(|_| gpu).map(String::as_str)
 }
 
-/// The best code of an artifact for a GPU of this compute capability, in tenths: 8.0 is 80.
+/// The best code of an artifact for a GPU of this compute capability, in tenths: 8.0 is 80; of one machine the code that uses the
+/// most shared memory of what the GPU allows a CTA, in bytes.
 ///
 /// # Errors
 ///
@@ -92,15 +93,27 @@ pub fn choose<'a>(
     file: &Path,
     manifest: &'a Manifest,
     capability: u32,
+    shared_bytes: u32,
 ) -> Result<&'a TargetCode, DeviceError> {
-    let of = |&(sm, _): &(&str, Form)| manifest.targets.iter().find(|target| machine(target) == Some(sm));
+    let fits = |target: &&TargetCode| target.shared_bytes <= shared_bytes as usize;
+    let of = |&(sm, _): &(&str, Form)| {
+        let targets = manifest.targets.iter().filter(|target| machine(target) == Some(sm));
+        targets.filter(fits).max_by_key(|target| target.shared_bytes)
+    };
     takes(capability).iter().find_map(of).ok_or_else(|| {
-        let needs: Vec<String> =
-            manifest.targets.iter().map(|t| format!("{} (ABI {})", t.name, t.abi)).collect();
+        let kib = |bytes: usize| format!(", {} KiB of shared memory", bytes >> 10);
+        let needs = manifest.targets.iter().map(|target| {
+            let shared = if target.shared_bytes > 0 { kib(target.shared_bytes) } else { String::new() };
+            format!("{} (ABI {}{shared})", target.name, target.abi)
+        });
         DeviceError::MissingFeature {
             file: file.to_path_buf(),
-            needs: needs.join(" or "),
-            has: format!("a GPU of compute capability {}, ABI {ABI}", capability_text(capability)),
+            needs: needs.collect::<Vec<_>>().join(" or "),
+            has: format!(
+                "a GPU of compute capability {}, ABI {ABI}{}",
+                capability_text(capability),
+                kib(shared_bytes as usize)
+            ),
         }
     })
 }
@@ -339,11 +352,16 @@ mod tests {
     use super::*;
 
     /// What a GPU takes of an artifact with code for these machines, in the order in which it is tried.
-    fn taken(capability: u32, machines: &[&str], cubins: bool) -> String {
-        let target = |sm: &&str| TargetCode {
-            name: format!("cuda:{sm}"),
+    fn taken(capability: u32, kib: u32, machines: &[&str], cubins: bool) -> String {
+        let target = |name: &&str| TargetCode {
+            name: format!("cuda:{name}"),
             abi: ABI,
-            requires: vec![sm.to_string()],
+            requires: vec![name.trim_end_matches("-99k").to_string()],
+            shared_bytes: match *name {
+                "sm_80" => 163 << 10,
+                "sm_80-99k" => 99 << 10,
+                _ => 0,
+            },
             arch: ARCH.to_string(),
             weights: String::new(),
             ptxas: None,
@@ -361,7 +379,7 @@ mod tests {
             bos: None,
             eos: Vec::new(),
         };
-        let target = match choose(Path::new("a.llamac"), &manifest, capability) {
+        let target = match choose(Path::new("a.llamac"), &manifest, capability, kib << 10) {
             Ok(target) => target,
             Err(error) => return error.to_string(),
         };
@@ -373,21 +391,25 @@ mod tests {
     #[test]
     #[rustfmt::skip] // a table: one GPU a line
     fn each_gpu_takes_the_best_code_for_it() {
-        let (all, old) = (&["sm_80", "sm_90a"], &["sm_80"]);
-        let cases: &[(u32, &[&str], bool, &str)] = &[
-            (80, all, true, "cubin.cuda:sm_80, code.cuda:sm_80"),
-            (86, all, true, "cubin.cuda:sm_80, code.cuda:sm_80"),
-            (89, all, false, "code.cuda:sm_80"),
-            (90, all, true, "cubin.cuda:sm_90a, code.cuda:sm_90a"),
-            (90, all, false, "code.cuda:sm_90a"),
+        let (all, old) = (&["sm_80-99k", "sm_80", "sm_90a"], &["sm_80"]);
+        let small = &["sm_80-99k"];
+        let cases: &[(u32, u32, &[&str], bool, &str)] = &[
+            (80, 163, all, true, "cubin.cuda:sm_80, code.cuda:sm_80"),
+            (86, 99, all, true, "cubin.cuda:sm_80-99k, code.cuda:sm_80-99k"),
+            (87, 163, all, true, "cubin.cuda:sm_80, code.cuda:sm_80"),
+            (89, 99, all, false, "code.cuda:sm_80-99k"),
+            (80, 163, small, false, "code.cuda:sm_80-99k"),
+            (90, 227, all, true, "cubin.cuda:sm_90a, code.cuda:sm_90a"),
+            (90, 227, all, false, "code.cuda:sm_90a"),
             // Machine code for 8.0 does not run on 9.0, nor that for 9.0a anywhere else.
-            (90, old, true, "code.cuda:sm_80"),
-            (100, all, true, "code.cuda:sm_80"),
-            (103, all, true, "code.cuda:sm_80"),
-            (120, all, false, "code.cuda:sm_80"),
+            (90, 227, old, true, "code.cuda:sm_80"),
+            (100, 227, all, true, "code.cuda:sm_80"),
+            (103, 227, all, true, "code.cuda:sm_80"),
+            (120, 99, all, false, "code.cuda:sm_80-99k"),
+            (120, 99, small, true, "code.cuda:sm_80-99k"),
         ];
-        for &(capability, machines, cubins, expected) in cases {
-            assert_eq!(taken(capability, machines, cubins), expected, "{capability} of {machines:?}");
+        for &(capability, kib, machines, cubins, expected) in cases {
+            assert_eq!(taken(capability, kib, machines, cubins), expected, "{capability} of {machines:?}");
             assert_eq!(remark(capability).is_some(), capability >= 100, "{capability}");
         }
     }
@@ -409,11 +431,16 @@ mod tests {
 
     #[test]
     fn a_gpu_without_code_is_told_what_there_is() {
-        let said = "a.llamac: needs cuda:sm_80 (ABI 1) or cuda:sm_90a (ABI 1), this machine is a GPU of compute capability 7.5, \
-                    ABI 1; `compile --target` makes code for it";
-        assert_eq!(taken(75, &["sm_80", "sm_90a"], true), said);
+        let said = "a.llamac: needs cuda:sm_80 (ABI 1, 163 KiB of shared memory) or cuda:sm_90a (ABI 1), this machine is a GPU of \
+                    compute capability 7.5, ABI 1, 64 KiB of shared memory; `compile --target` makes code for it";
+        assert_eq!(taken(75, 64, &["sm_80", "sm_90a"], true), said);
+        let of_an_a100 = taken(89, 99, &["sm_80"], true);
         assert!(
-            taken(86, &["sm_90a"], true)
+            of_an_a100.contains("needs cuda:sm_80 (ABI 1, 163 KiB of shared memory), this"),
+            "{of_an_a100}"
+        );
+        assert!(
+            taken(86, 99, &["sm_90a"], true)
                 .contains("needs cuda:sm_90a (ABI 1), this machine is a GPU of compute capability 8.6")
         );
         assert_eq!(

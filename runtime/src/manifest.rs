@@ -39,6 +39,9 @@ pub struct TargetCode {
     pub abi: u32,
     /// CPU features that must be there.
     pub requires: Vec<String>,
+    /// Bytes of shared memory that a GPU must allow a CTA; 0 where nothing is said, as artifacts of older versions do.
+    #[serde(default)]
+    pub shared_bytes: usize,
     /// Instruction set: `x86_64`, `aarch64`, `nvptx64`.
     pub arch: String,
     /// Section of the weights, in the order that this code reads.

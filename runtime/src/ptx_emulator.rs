@@ -148,7 +148,8 @@ impl EmulatedProgram {
         seed: Option<u64>,
     ) -> Result<EmulatedProgram, DeviceError> {
         let manifest: Manifest = artifact.manifest()?;
-        let target = gpu::choose(artifact.file(), &manifest, device.sm.capability())?;
+        let target =
+            gpu::choose(artifact.file(), &manifest, device.sm.capability(), device.sm.shared_bytes())?;
         let code = GpuCode::read(artifact, target)?;
         let failed = |kernel: &str, said: String| DeviceError::Launch { kernel: kernel.to_string(), said };
         let module = Module::parse(&code.ptx).map_err(|e| failed(&target.code_section(), e.to_string()))?;

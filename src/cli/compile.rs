@@ -5,7 +5,7 @@ use super::interrupt;
 use super::screen::{self, Screen, print, print_json, short};
 use super::source::BuildOptions;
 use clap::Args;
-use codegen::nvptx::ARCHITECTURES;
+use codegen::nvptx::{ARCHITECTURES, Architecture};
 use indicatif::{ProgressBar, ProgressStyle};
 use llamac::compile::{self, Progress, Seconds};
 use llamac::model::{Model, name_of};
@@ -51,8 +51,14 @@ pub struct Options {
 }
 
 pub fn compile(options: &Options, screen: &Screen) -> Result<(), CliError> {
-    let all = || ARCHITECTURES.iter().map(|a| a.name.to_string()).collect();
-    let named = |target: &String| if target == "cuda" { all() } else { vec![target.clone()] };
+    // `cuda` is every GPU, `cuda:sm_80` all of one machine: for each amount of shared memory the schedules that fit it.
+    let named = |target: &String| -> Vec<String> {
+        let is = |a: &&Architecture| {
+            target.strip_prefix("cuda").is_some_and(|of| of.is_empty() || of[1..] == *a.cpu)
+        };
+        let of_machine: Vec<String> = ARCHITECTURES.iter().filter(is).map(|a| a.name.to_string()).collect();
+        if of_machine.is_empty() { vec![target.clone()] } else { of_machine }
+    };
     let targets: Vec<String> = options.targets.iter().flat_map(named).collect();
     for (number, target) in targets.iter().enumerate() {
         if targets[..number].contains(target) {

@@ -43,6 +43,8 @@ pub enum Machine {
     Cuda {
         /// Its compute capability, in tenths.
         capability: u32,
+        /// Bytes of shared memory that it allows a CTA.
+        shared_bytes: u32,
     },
 }
 
@@ -52,8 +54,8 @@ impl Machine {
     pub fn target(self) -> &'static str {
         match self {
             Machine::Cpu => "cpu:native",
-            Machine::Emulated(sm) => best(sm.capability()),
-            Machine::Cuda { capability } => best(capability),
+            Machine::Emulated(sm) => best(sm.capability(), sm.shared_bytes()),
+            Machine::Cuda { capability, shared_bytes } => best(capability, shared_bytes),
         }
     }
 
@@ -67,8 +69,10 @@ impl Machine {
     pub fn choose<'a>(self, file: &Path, manifest: &'a Manifest) -> Result<&'a TargetCode, DeviceError> {
         match self {
             Machine::Cpu => cpu::choose(file, manifest),
-            Machine::Emulated(sm) => gpu::choose(file, manifest, sm.capability()),
-            Machine::Cuda { capability } => gpu::choose(file, manifest, capability),
+            Machine::Emulated(sm) => gpu::choose(file, manifest, sm.capability(), sm.shared_bytes()),
+            Machine::Cuda { capability, shared_bytes } => {
+                gpu::choose(file, manifest, capability, shared_bytes)
+            }
         }
     }
 
@@ -76,17 +80,16 @@ impl Machine {
     pub fn remark(self) -> Option<String> {
         match self {
             Machine::Cpu | Machine::Emulated(_) => None,
-            Machine::Cuda { capability } => gpu::remark(capability),
+            Machine::Cuda { capability, .. } => gpu::remark(capability),
         }
     }
 }
 
-/// The machine whose code a GPU of this compute capability takes first.
+/// The architecture whose code such a GPU takes first.
 #[cfg(feature = "compiler")]
-fn best(capability: u32) -> &'static str {
-    let (sm, _) = gpu::takes(capability).first().expect("no older GPU is opened");
-    let architecture = codegen::nvptx::ARCHITECTURES.iter().find(|a| a.cpu == *sm);
-    architecture.expect("every machine in the loader's table has a generator").name
+fn best(capability: u32, shared_bytes: u32) -> &'static str {
+    let found = llamac::compile::architecture_for(capability, shared_bytes);
+    found.expect("no older GPU is opened, and none allows less shared memory").name
 }
 
 impl DeviceOptions {
@@ -112,7 +115,11 @@ impl DeviceOptions {
     /// Whose code it runs.
     pub fn machine(&self) -> Result<Machine, CliError> {
         Ok(match (self.cuda(), self.emulated()) {
-            (Some(number), _) => Machine::Cuda { capability: Cuda::new(number)?.gpu().capability },
+            (Some(number), _) => {
+                let cuda = Cuda::new(number)?;
+                let gpu = cuda.gpu();
+                Machine::Cuda { capability: gpu.capability, shared_bytes: gpu.shared_bytes }
+            }
             (None, Some(sm)) => Machine::Emulated(sm),
             (None, None) => Machine::Cpu,
         })

@@ -168,6 +168,7 @@ fn inspect_artifact(
         let targets: Vec<Value> = manifest.targets.iter().zip(&plans).zip(&gpus).map(|((target, plan), gpu)| json!({
             "name": target.name,
             "requires": target.requires,
+            "shared_bytes": target.shared_bytes,
             "gpu": gpu,
             "entries": plan.entries.iter().map(|e| json!({
                 "name": e.name,
@@ -241,6 +242,9 @@ fn inspect_artifact(
     text += &pairs(&rows);
     for ((target, plan), gpu) in manifest.targets.iter().zip(&plans).zip(&gpus) {
         text += &format!("\n{} (needs {}", target.name, target.requires.join(" "));
+        if target.shared_bytes > 0 {
+            text += &format!(", {} of shared memory a CTA", bytes(target.shared_bytes as u64));
+        }
         if let Some(GpuCode { ptx_isa, cubin }) = gpu {
             let cubin = match cubin {
                 Some(cubin) => format!("{} of machine code by ptxas {}", bytes(cubin.bytes), cubin.ptxas),

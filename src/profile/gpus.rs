@@ -121,6 +121,11 @@ impl Gpu {
         (cost.bytes as f64 / self.bytes_per_s).max(cost.flops as f64 / peak)
     }
 
+    /// Bytes of shared memory that a CTA may use.
+    pub fn cta_shared_bytes(&self) -> u32 {
+        self.shared_bytes - RESERVED_BYTES
+    }
+
     /// CTAs that an SM holds at once, of so many threads with so many registers each, and of so many bytes of shared memory.
     /// At least 1: what does not fit is refused elsewhere.
     pub fn resident(&self, threads: u32, registers: u32, shared_bytes: u32) -> u32 {

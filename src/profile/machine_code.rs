@@ -11,7 +11,7 @@ use super::gpus::{GPUS, Gpu};
 use super::predicted::{LAUNCH_SECONDS, Limit, Prediction, Problem};
 use super::recorded::Figure;
 use super::steady::Steady;
-use crate::compile::Code;
+use crate::compile::{Code, architecture_for};
 use crate::measure;
 use crate::predict::{self, Step};
 use crate::sass::{self, SassError};
@@ -144,14 +144,14 @@ pub enum ArgueError {
     #[error(transparent)]
     Lower(#[from] LowerError),
     /// A GPU that does not run such code.
-    #[error("--gpu {gpu}: found compute capability {has}, {sm} runs on {fit}")]
+    #[error("--gpu {gpu}: found compute capability {has}, {target} runs on {fit}")]
     Unfit {
         /// The GPU.
         gpu: &'static str,
-        /// Its compute capability.
+        /// Its compute capability and shared memory.
         has: String,
         /// What the code is for.
-        sm: &'static str,
+        target: &'static str,
         /// GPUs that run it.
         fit: String,
     },
@@ -165,18 +165,25 @@ impl From<PtxasError> for ArgueError {
 
 /// The GPU that an architecture's code is meant for: the first that takes it before all other.
 pub fn own_gpu(architecture: &Architecture) -> Option<&'static Gpu> {
-    let first =
-        |gpu: &&Gpu| gpu::takes(gpu.capability).first().is_some_and(|&(sm, _)| sm == architecture.cpu);
-    GPUS.iter().find(first)
+    let best = |gpu: &&Gpu| architecture_for(gpu.capability, gpu.cta_shared_bytes());
+    GPUS.iter().find(|gpu| best(gpu).is_some_and(|best| best.name == architecture.name))
 }
 
 /// What a GPU's own machine code of an architecture's PTX is for.
 fn sm_of(architecture: &Architecture, gpu: &Gpu) -> Result<String, ArgueError> {
-    let runs = |gpu: &Gpu| gpu::takes(gpu.capability).iter().any(|&(sm, _)| sm == architecture.cpu);
+    let runs = |gpu: &Gpu| {
+        let fits = architecture.shared_bytes <= gpu.cta_shared_bytes() as usize;
+        fits && gpu::takes(gpu.capability).iter().any(|&(sm, _)| sm == architecture.cpu)
+    };
     if !runs(gpu) {
         let fit: Vec<&str> = GPUS.iter().filter(|gpu| runs(gpu)).map(|gpu| gpu.name).collect();
-        let has = gpu::capability_text(gpu.capability);
-        return Err(ArgueError::Unfit { gpu: gpu.name, has, sm: architecture.cpu, fit: fit.join(", ") });
+        let has = format!(
+            "{} with {} KiB of shared memory a CTA",
+            gpu::capability_text(gpu.capability),
+            gpu.cta_shared_bytes() >> 10
+        );
+        let target = architecture.name;
+        return Err(ArgueError::Unfit { gpu: gpu.name, has, target, fit: fit.join(", ") });
     }
     // Code that is for one architecture alone bears its letter.
     Ok(match architecture.cpu.ends_with('a') {
@@ -495,15 +502,17 @@ mod tests {
     #[test]
     fn code_is_assembled_for_a_gpu_that_runs_it() {
         let of = |architecture: &Architecture, gpu| sm_of(architecture, Gpu::of(gpu).unwrap());
-        let ampere = &ARCHITECTURES[0];
-        let hopper = Architecture { name: "cuda:sm_90a", cpu: "sm_90a", ..ampere.clone() };
-        assert_eq!([ampere, &hopper].map(|a| own_gpu(a).unwrap().name), ["a100", "h100"]);
+        let [ampere, small, hopper] = &ARCHITECTURES;
+        assert_eq!([ampere, small, hopper].map(|a| own_gpu(a).unwrap().name), ["a100", "rtx4090", "h100"]);
         assert_eq!(
-            ["a100", "h100", "rtx4090"].map(|gpu| of(ampere, gpu).unwrap()),
+            ["a100", "h100", "rtx4090"].map(|gpu| of(small, gpu).unwrap()),
             ["sm_80", "sm_90", "sm_89"]
         );
-        assert_eq!(of(&hopper, "h200").unwrap(), "sm_90a");
-        let refused = of(&hopper, "a100").unwrap_err().to_string();
-        assert_eq!(refused, "--gpu a100: found compute capability 8.0, sm_90a runs on h100, h200");
+        assert_eq!(of(hopper, "h200").unwrap(), "sm_90a");
+        let refused = of(ampere, "rtx4090").unwrap_err().to_string();
+        assert_eq!(
+            refused,
+            "--gpu rtx4090: found compute capability 8.9 with 99 KiB of shared memory a CTA, cuda:sm_80 runs on a100, h100, h200"
+        );
     }
 }

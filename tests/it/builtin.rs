@@ -43,7 +43,7 @@ fn launches_the_same() -> Checked<()> {
     let artifact =
         compile_model(Path::new(BUILTIN), &out.path().join("b.llamac"), DType::BF16, "cuda:sm_80")?;
     let manifest: Manifest = artifact.manifest()?;
-    let code = GpuCode::read(&artifact, gpu::choose(artifact.file(), &manifest, 80)?)?;
+    let code = GpuCode::read(&artifact, gpu::choose(artifact.file(), &manifest, 80, 163 << 10)?)?;
     let decode = code.plan.entry_number(1, Give::Last).ok_or("a decode step")?;
     let addresses: Vec<u64> = (1..=code.plan.buffers.len() as u64).map(|number| number << 8).collect();
     let calls = |past| code.calls(decode, &addresses, &[1, past, 0, 0], u32::MAX).concat();

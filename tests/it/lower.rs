@@ -13,7 +13,7 @@
 //! is read and assembled (`ptxas.rs`).
 
 use super::skipped::skip;
-use super::{Checked, ptxas};
+use super::{Checked, machine, ptxas};
 use codegen::cpu::{Form, LEVELS, Level};
 use codegen::lower::Pause;
 use codegen::nvptx::{self, ARCHITECTURES, Architecture};
@@ -54,10 +54,10 @@ pub fn trials() -> Vec<Trial> {
     trials.push(Trial::test("lower products stay in registers", || Ok(products_in_registers()?)));
     for gpu in &ARCHITECTURES {
         for dtype in [DType::F32, DType::BF16] {
-            let name = format!("lower ptx {} {dtype}", gpu.cpu);
+            let name = format!("lower ptx {} {dtype}", machine(gpu));
             trials.push(Trial::test(name.clone(), move || Ok(models_in_ptx(&name, dtype, gpu)?)));
         }
-        let name = format!("lower ptx {} random", gpu.cpu);
+        let name = format!("lower ptx {} random", machine(gpu));
         trials.push(Trial::test(name.clone(), move || Ok(random_in_ptx(&name, gpu)?)));
     }
     trials

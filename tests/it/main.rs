@@ -56,6 +56,11 @@ mod synchronisation;
 mod trace;
 mod tune;
 
+/// What a GPU's architecture is called in names of tests.
+fn machine(architecture: &codegen::nvptx::Architecture) -> &'static str {
+    architecture.name.trim_start_matches("cuda:")
+}
+
 /// What a check says: nothing, or what is wrong.
 type Checked<T> = Result<T, Box<dyn std::error::Error>>;
 

@@ -3,7 +3,7 @@
 //! On this machine's own code every case with its default schedule; interpreted and verified too. GPU code on the emulator, in
 //! shapes of its own. The verb `check` walks the same table further.
 
-use crate::Checked;
+use crate::{Checked, machine};
 use codegen::Backend;
 use codegen::nvptx::{ARCHITECTURES, Architecture};
 use ir::DType;
@@ -25,7 +25,7 @@ pub fn trials() -> Vec<Trial> {
     };
     let mut trials: Vec<Trial> = Family::ALL.map(trial).into();
     trials.extend(ARCHITECTURES.iter().map(|gpu| {
-        Trial::test(format!("ops on ptx-emulator {}", gpu.cpu), || emulated(gpu).map_err(Into::into))
+        Trial::test(format!("ops on ptx-emulator {}", machine(gpu)), || emulated(gpu).map_err(Into::into))
     }));
     trials.extend(ARCHITECTURES.iter().map(|gpu| {
         let name = format!("ops on ptx-emulator {}, caches in several pages", gpu.cpu);
@@ -50,7 +50,11 @@ fn emulated(architecture: &'static Architecture) -> Checked<()> {
         let mut cases = gpu(false);
         cases.retain(|case| sums == Sums::Truncated || !case.name.contains(" f32 "));
         let report = walk(&plan, &cases, &mut |_, _| ControlFlow::Continue(()))?;
-        sound(&format!("ops on ptx-emulator {}{name}", architecture.cpu), &report, &[architecture.name])?;
+        sound(
+            &format!("ops on ptx-emulator {}{name}", machine(architecture)),
+            &report,
+            &[architecture.name],
+        )?;
     }
     Ok(())
 }

@@ -246,7 +246,7 @@ fn refuses() {
         (
             "profile --static builtin --target cpu:native",
             2,
-            "found --target cpu:native, expected cuda:sm_80, cuda:sm_90a",
+            "found --target cpu:native, expected cuda:sm_80, cuda:sm_80-99k, cuda:sm_90a",
         ),
         ("profile --static builtin --gpu b200", 2, "found b200, expected a100, h100, h200, rtx4090"),
         ("profile --static builtin -p 512", 5, "context full: 512 positions in the cache and 1 more"),

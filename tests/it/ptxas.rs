@@ -256,7 +256,7 @@ fn cubin(name: &str) -> Checked<()> {
         assert_eq!(target["gpu"]["ptx_isa"], "7.4");
         assert_eq!(target["gpu"]["cubin"]["ptxas"], ptxas.version.as_str());
         let shown = run("inspect a.llamac").out;
-        let expected = "\ncuda:sm_80 (needs sm_80 and PTX ISA 7.4; ";
+        let expected = "\ncuda:sm_80 (needs sm_80, 163 KiB of shared memory a CTA and PTX ISA 7.4; ";
         assert!(shown.contains(expected) && shown.contains("\ncubin.cuda:sm_80 "), "{shown}");
         assert!(shown.contains(&format!(" of machine code by ptxas {})", ptxas.version)), "{shown}");
         let sass = run("emit builtin --ctx 64 --stage sass").out;

@@ -8,8 +8,8 @@
 //!
 //! And on the PTX emulator, for GPU code: logits and greedy tokens as above, no report, and in bf16 matrix instructions.
 
-use crate::Checked;
 use crate::skipped::skip;
+use crate::{Checked, machine};
 use codegen::nvptx::{ARCHITECTURES, Architecture};
 use ir::DType;
 use ir::interp::Rounding;
@@ -121,7 +121,7 @@ fn emulated(
     dtype: DType,
     architecture: &'static Architecture,
 ) -> Trial {
-    let name = format!("reference {model} {dtype} on ptx-emulator:{}", architecture.cpu);
+    let name = format!("reference {model} {dtype} on ptx-emulator:{}", machine(architecture));
     Trial::test(name.clone(), move || {
         let Some(reference) = read(&name, &file, &reference)? else { return Ok(()) };
         let folder = tempfile::tempdir()?;

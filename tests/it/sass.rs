@@ -43,7 +43,7 @@ pub fn trials() -> Vec<Trial> {
 }
 
 /// The sketches' machine.
-const HOPPER: &Architecture = &ARCHITECTURES[1];
+const HOPPER: &Architecture = &ARCHITECTURES[2];
 
 /// A sketch's machine code; none where it cannot be had.
 fn sketch(name: &str, script: &str, arguments: &str) -> Checked<Vec<Code>> {

@@ -4,7 +4,7 @@
 //! Each kernel runs as [`llamac::check::device::Emulated`] does it, in three orders of warps. A report is what counts: wrong
 //! numbers may come or not.
 
-use crate::Checked;
+use crate::{Checked, machine};
 use codegen::Backend;
 use codegen::nvptx::{self, ARCHITECTURES, Architecture};
 use ir::DType;
@@ -85,7 +85,7 @@ const FENCED: &str = "the fence before the scores orders weights and sums too, w
 pub fn trials() -> Vec<Trial> {
     let trial = |name: &'static str| {
         ARCHITECTURES.iter().map(move |gpu| {
-            let name_of = format!("synchronisation {name} on {}", gpu.cpu);
+            let name_of = format!("synchronisation {name} on {}", machine(gpu));
             Trial::test(name_of, move || deletions(name, gpu).map_err(Into::into))
         })
     };

@@ -37,6 +37,8 @@ struct Function {
 pub struct Fake {
     /// Compute capability: major, minor.
     pub capability: (i32, i32),
+    /// Bytes of shared memory that a CTA may use.
+    pub shared_bytes: i32,
     /// Bytes of memory that are free.
     pub free: usize,
     /// A function, how often it still works, and what it says then.
@@ -65,6 +67,7 @@ thread_local! {
 pub fn driver() -> Result<Driver, NoDriver> {
     let fake = Fake {
         capability: (8, 0),
+        shared_bytes: 163 << 10,
         free: 1 << 30,
         fault: None,
         calls: Vec::new(),
@@ -203,7 +206,7 @@ unsafe extern "C" fn device_attribute(to: *mut c_int, of: sys::CUdevice_attribut
         Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR => give(to, fake.capability.0),
         Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR => give(to, fake.capability.1),
         Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT => give(to, 2),
-        Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN => give(to, 163 << 10),
+        Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN => give(to, fake.shared_bytes),
         _ => Err(Code::CUDA_ERROR_INVALID_VALUE),
     })
 }

@@ -37,7 +37,14 @@ fn artifact(folder: &Path, other: &[(&str, &str)]) -> Artifact {
     let file = folder.join("tiny.llamac");
     let mut writer = ArtifactWriter::create(&file, None).unwrap();
     let weights: Vec<u8> = (0..16).flat_map(|token| table(token).to_le_bytes()).collect();
-    let own = [("plan.cuda:sm_80", PLAN), ("kernels.cuda:sm_80", KERNELS), ("code.cuda:sm_80", PTX)];
+    let own = [
+        ("plan.cuda:sm_80", PLAN),
+        ("kernels.cuda:sm_80", KERNELS),
+        ("code.cuda:sm_80", PTX),
+        ("plan.cuda:sm_80-99k", PLAN),
+        ("kernels.cuda:sm_80-99k", KERNELS),
+        ("code.cuda:sm_80-99k", PTX),
+    ];
     let own = own.into_iter().filter(|(name, _)| !other.iter().any(|(other, _)| name == other));
     let texts = own.chain(other.iter().copied()).map(|(name, text)| (name, text.as_bytes()));
     for (name, bytes) in texts.chain([(GPU_WEIGHTS, &weights[..])]) {
@@ -49,6 +56,18 @@ fn artifact(folder: &Path, other: &[(&str, &str)]) -> Artifact {
     Artifact::open(&file).unwrap()
 }
 
+fn target(name: &str, shared_bytes: usize) -> TargetCode {
+    TargetCode {
+        name: name.to_string(),
+        abi: gpu::ABI,
+        requires: vec!["sm_80".to_string()],
+        shared_bytes,
+        arch: "nvptx64".to_string(),
+        weights: GPU_WEIGHTS.to_string(),
+        ptxas: None,
+    }
+}
+
 fn manifest() -> Manifest {
     Manifest {
         model: "tiny".to_string(),
@@ -56,14 +75,7 @@ fn manifest() -> Manifest {
         dtype: "f32".to_string(),
         context: 16,
         weights: true,
-        targets: vec![TargetCode {
-            name: "cuda:sm_80".to_string(),
-            abi: gpu::ABI,
-            requires: vec!["sm_80".to_string()],
-            arch: "nvptx64".to_string(),
-            weights: GPU_WEIGHTS.to_string(),
-            ptxas: None,
-        }],
+        targets: vec![target("cuda:sm_80-99k", 99 << 10), target("cuda:sm_80", 163 << 10)],
         taps: false,
         compiler: String::new(),
         llvm: String::new(),
@@ -403,6 +415,23 @@ fn too_much_shared_memory_is_refused_by_name() {
     let error = program(&[("kernels.cuda:sm_80", &kernels)]).unwrap_err();
     let said = error.to_string();
     assert!(said.contains("launch of next failed: it needs 180096 bytes of shared memory, cuda:0"), "{said}");
+}
+
+#[test]
+fn shared_memory_of_the_gpu_chooses_the_code() {
+    let folder = tempfile::tempdir().unwrap();
+    let artifact = artifact(folder.path(), &[("code.cuda:sm_80-99k", "none")]);
+    let driver = fake::driver().unwrap();
+    let open = |shared_bytes| {
+        with(|fake| fake.shared_bytes = shared_bytes);
+        Cuda::of(driver, 0).unwrap().open(&artifact).map(drop)
+    };
+    open(163 << 10).unwrap();
+    let said = open(99 << 10).unwrap_err().to_string();
+    assert!(said.contains("section `code.cuda:sm_80-99k`"), "{said}");
+    let said = open(64 << 10).unwrap_err().to_string();
+    let needs = "needs cuda:sm_80-99k (ABI 1, 99 KiB of shared memory) or cuda:sm_80 (ABI 1, 163 KiB of shared memory), ";
+    assert!(said.contains(needs), "{said}");
 }
 
 #[test]
