@@ -115,7 +115,8 @@ fn wgmma(c: &mut Criterion) {
         product.repeat(REPEATS as usize)
     );
     let program = Program::new(&Module::parse(&text).expect("a module").kernels[0]);
-    let grid = Grid { ctas: [1; 3], threads: [128, 1, 1], cluster: 1, dynamic_shared: 4096 };
+    let grid =
+        Grid { ctas: [1; 3], threads: [128, 1, 1], cluster: 1, dynamic_shared: 4096, dependent: false };
     let options = Options { sm: Sm::Sm90a, seed: 1, sums: Sums::Truncated };
     let mut group = c.benchmark_group("emulator");
     group.throughput(Throughput::Elements(64 * 128 * 16 * 10 * REPEATS));
@@ -156,6 +157,7 @@ fn attend(kernels: &[(Kernel, Program)], whole: &Kernel, sm: Sm) -> (Counts, Dur
             threads: [phase.threads.into(), 1, 1],
             cluster: program.cluster(),
             dynamic_shared: phase.shared_bytes() as u32,
+            dependent: false,
         };
         let maps = gpu::tensor_maps(phase, &addresses, &symbols);
         let maps = maps.iter().map(|map| TensorMap::encode(map).expect("a map that drivers take"));

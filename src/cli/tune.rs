@@ -15,9 +15,9 @@ use llamac::tune::table::{Choices, Key, Table, TableFile};
 use llamac::tune::worker::{On, Setup, serve};
 #[cfg(feature = "compiler")]
 use llamac::{
-    compile::CompileError,
+    compile::{CompileError, architecture_for},
     model::Model,
-    profile::{gpus::GPUS, machine_code::own_gpu},
+    profile::gpus::GPUS,
     tune::{self, candidates::pack, task::Task},
 };
 use runtime::cuda::Cuda;
@@ -169,6 +169,8 @@ struct GpuDevice {
     name: String,
     /// In tenths.
     capability: u32,
+    /// Bytes of shared memory that it allows a CTA.
+    shared_bytes: u32,
     /// What records of it hold for.
     machine: String,
 }
@@ -179,13 +181,13 @@ impl GpuDevice {
         if let Some(number) = options.cuda() {
             let cuda = Cuda::new(number)?;
             let machine = format!("{}, driver of CUDA {}", cuda.gpu().name, cuda.version());
-            let capability = cuda.gpu().capability;
-            return Ok(Some(GpuDevice { name: format!("cuda:{number}"), capability, machine }));
+            let runtime::cuda::driver::Gpu { capability, shared_bytes, .. } = *cuda.gpu();
+            return Ok(Some(GpuDevice { name: format!("cuda:{number}"), capability, shared_bytes, machine }));
         }
         Ok(options.emulated().map(|sm| {
             let name = format!("ptx-emulator:{}", sm.name());
             let machine = format!("{name} on {}", runtime::cpu::model_name());
-            GpuDevice { name, capability: sm.capability(), machine }
+            GpuDevice { name, capability: sm.capability(), shared_bytes: sm.shared_bytes(), machine }
         }))
     }
 }
@@ -196,13 +198,15 @@ fn bundled(options: &Options, file: &Path) -> Result<Job, CliError> {
     let known = "with --from-bundle: cuda, cuda:N, ptx-emulator, ptx-emulator:SM";
     let device = GpuDevice::of(&options.device)?
         .ok_or_else(|| CliError::NoDevice { name: options.device.clone(), known })?;
-    let target = &head.setup.target.name;
-    if !gpu::takes(device.capability).iter().any(|(sm, _)| target.strip_prefix("cuda:") == Some(sm)) {
-        let has = gpu::capability_text(device.capability);
+    let takes = gpu::takes(device.capability).iter().any(|&(sm, _)| sm == head.machine);
+    if !takes || head.shared_bytes > device.shared_bytes {
         return Err(CliError::Usage(format!(
-            "{}: candidates for {target}, which {} of compute capability {has} does not run",
+            "{}: candidates for {}, which {} of compute capability {} with {} KiB of shared memory a CTA does not run",
             file.display(),
-            device.name
+            head.setup.target.name,
+            device.name,
+            gpu::capability_text(device.capability),
+            device.shared_bytes >> 10
         )));
     }
     let on = On::Gpu { device: device.name, candidates: Some(file.to_path_buf()) };
@@ -217,7 +221,7 @@ fn modelled(_: &Options, _: &str, _: &Screen) -> Result<Job, CliError> {
 /// What a model has.
 #[cfg(feature = "compiler")]
 fn modelled(options: &Options, argument: &str, screen: &Screen) -> Result<Job, CliError> {
-    use codegen::{Backend, nvptx::ARCHITECTURES};
+    use codegen::Backend;
     use runtime::pool;
     let model = Model::open(argument)?;
     if matches!(model, Model::Artifact(_)) {
@@ -234,15 +238,13 @@ fn modelled(options: &Options, argument: &str, screen: &Screen) -> Result<Job, C
             let gpu = GPUS.iter().find(|one| one.name == gpu);
             let gpu =
                 gpu.ok_or_else(|| CliError::Usage(format!("--predict: expected one of {}", known())))?;
-            let best = |a: &&codegen::nvptx::Architecture| {
-                own_gpu(a).is_some_and(|own| gpu::takes(own.capability)[0] == gpu::takes(gpu.capability)[0])
-            };
-            let architecture = ARCHITECTURES.iter().find(best).expect("each GPU of the table has a target");
+            let architecture = architecture_for(gpu.capability, gpu.cta_shared_bytes());
+            let architecture = architecture.expect("each GPU of the table has a target");
             let machine = gpu.name.to_string();
             (architecture.name.to_string(), On::Nowhere { gpu: machine.clone() }, machine)
         }
-        (None, Some(GpuDevice { name, capability, machine })) => {
-            let target = super::device::Machine::Cuda { capability }.target().to_string();
+        (None, Some(GpuDevice { name, capability, shared_bytes, machine })) => {
+            let target = super::device::Machine::Cuda { capability, shared_bytes }.target().to_string();
             (target, On::Gpu { device: name, candidates: None }, machine)
         }
         (None, None) => {

@@ -31,6 +31,10 @@ pub struct Head {
     pub llamac: String,
     /// The compiler that its records are of.
     pub compiler: String,
+    /// The machine that the code is for, as `runtime::gpu` names it: `sm_80`.
+    pub machine: String,
+    /// Bytes of shared memory that a CTA may use.
+    pub shared_bytes: u32,
     /// What is tuned.
     pub setup: Setup,
     /// In the order of the sections.
@@ -133,6 +137,14 @@ impl Candidates {
     }
 }
 
+#[cfg(feature = "compiler")]
+fn architecture(target: &Target) -> Result<&'static nvptx::Architecture, CodegenError> {
+    nvptx::architecture(&target.name).ok_or_else(|| CodegenError::UnknownTarget {
+        name: target.name.clone(),
+        known: nvptx::ARCHITECTURES.map(|a| a.name).join(", "),
+    })
+}
+
 /// Compiles a kernel by itself, with machine code where `ptxas` is.
 ///
 /// # Errors
@@ -140,10 +152,7 @@ impl Candidates {
 /// What LLVM or `ptxas` says; a target that is no GPU's.
 #[cfg(feature = "compiler")]
 pub fn compile(kernel: &Kernel, target: &Target) -> Result<Code, CodegenError> {
-    let architecture = nvptx::architecture(&target.name).ok_or_else(|| CodegenError::UnknownTarget {
-        name: target.name.clone(),
-        known: nvptx::ARCHITECTURES.map(|a| a.name).join(", "),
-    })?;
+    let architecture = architecture(target)?;
     let kernels = crate::check::device::numbered(std::slice::from_ref(kernel));
     let ptx = nvptx::compile(&nvptx::llvm(&kernels, architecture)?, architecture)?;
     let cubin = match Tool::Ptxas.find() {
@@ -168,6 +177,7 @@ pub fn pack(
     tasks: &[Task],
 ) -> Result<usize, CandidatesError> {
     use runtime::artifact::ArtifactWriter;
+    let architecture = architecture(&setup.target)?;
     let mut writer = ArtifactWriter::create(file, None)?;
     let mut candidates = Vec::new();
     let mut section = |name: String, bytes: &[u8]| -> Result<(), ArtifactError> {
@@ -194,7 +204,8 @@ pub fn pack(
     }
     let count = candidates.len();
     let llamac = env!("CARGO_PKG_VERSION").to_string();
-    writer.finish(&Head { llamac, compiler, setup: setup.clone(), candidates })?;
+    let (machine, shared_bytes) = (architecture.cpu.to_string(), architecture.shared_bytes as u32);
+    writer.finish(&Head { llamac, compiler, machine, shared_bytes, setup: setup.clone(), candidates })?;
     Ok(count)
 }
 

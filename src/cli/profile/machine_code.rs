@@ -7,7 +7,7 @@ use super::{Options, counted, percent, time};
 use codegen::Backend;
 use codegen::nvptx::{ARCHITECTURES, Architecture};
 use ir::plan::Give;
-use llamac::compile::{CompileError, lower};
+use llamac::compile::{CompileError, architecture_for, lower};
 use llamac::model::{Model, name_of};
 use llamac::profile::gpus::{GPUS, Gpu};
 use llamac::profile::machine_code::{self, Argued, KernelLoop, KernelTime, Phase, Stated, own_gpu};
@@ -16,7 +16,10 @@ use runtime::device::DeviceError;
 use serde_json::json;
 
 pub fn argue(options: &Options, screen: &Screen) -> Result<(), CliError> {
-    let target = options.target.as_deref().unwrap_or(ARCHITECTURES[0].name);
+    // Without a target, the code that the GPU takes first.
+    let best = |gpu: &Gpu| architecture_for(gpu.capability, gpu.cta_shared_bytes()).map(|a| a.name);
+    let of_gpu = options.gpu.as_deref().and_then(Gpu::of).and_then(best).unwrap_or(ARCHITECTURES[0].name);
+    let target = options.target.as_deref().unwrap_or(of_gpu);
     let Backend::Cuda(architecture) = Backend::of(target).map_err(CompileError::from)? else {
         return Err(CliError::Usage(format!(
             "--static is for GPUs: found --target {target}, expected {}",
