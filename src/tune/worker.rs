@@ -1,7 +1,7 @@
 //! The process that makes, judges and times candidates.
 //!
 //! It reads one JSON object a line and answers each with one. What it is asked for may crash it or keep it for ever: who
-//! asks ([`super::search`]) keeps a clock, and starts another. What it does with a candidate is a [`Bench`]'s: on a CPU, on a
+//! asks ([`super::search`]) keeps a clock, and starts another. What it does with a candidate is a `Bench`'s: on a CPU, on a
 //! GPU, or on none.
 
 use super::candidates::{Candidates, CandidatesError};
