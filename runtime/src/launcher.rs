@@ -55,11 +55,6 @@ impl Launcher {
         Launcher { machine, blocks }
     }
 
-    /// Where it launches.
-    pub fn machine(&self) -> &Machine {
-        &self.machine
-    }
-
     /// CTAs of a launch at most, as programs have them.
     pub fn most_ctas(&self) -> u32 {
         match &self.machine {

@@ -297,7 +297,10 @@ impl Search<'_> {
         let answer = worker.ask(ask, self.limits.patience, &mut || (self.go_on)(None));
         match answer {
             Answer::Told(told) => {
-                *one.worker = Some(worker);
+                // After a fault a GPU does nothing any more for the process that caused it: the next candidate has another.
+                if !matches!(told, Told::Wrong { .. } | Told::Failed { .. }) {
+                    *one.worker = Some(worker);
+                }
                 Ok(Ok(told))
             }
             Answer::Late => Ok(Err(Outcome::Hung { waited_s: self.limits.patience.as_secs_f64() })),

@@ -9,6 +9,7 @@ use llamac::tune::table::{Key, Outcome, Record, Table, TableFile, Times};
 use llamac::tune::task::Task;
 use llamac::tune::worker::{On, Setup, serve};
 use llamac::tune::{compiler, machine};
+use std::cell::Cell;
 use std::collections::BTreeSet;
 use std::io::{self, BufRead, BufReader, Read};
 use std::ops::ControlFlow;
@@ -21,6 +22,9 @@ use std::{env, fs, thread};
 pub fn trials() -> Vec<Trial> {
     vec![
         Trial::test("tune: a candidate that hangs or crashes is recorded and skipped", || Ok(misbehaving()?)),
+        Trial::test("tune: behind a candidate that fails the next has a process of its own", || {
+            Ok(failing()?)
+        }),
         Trial::test("tune: a second run finds nothing to do", || Ok(twice()?)),
         Trial::test("tune: a run that was killed goes on where it was", || Ok(killed()?)),
         Trial::test("tune: compile takes what was measured here, and nothing else", || Ok(taken()?)),
@@ -88,9 +92,12 @@ fn task(setup: &Setup, kernel: &str) -> Checked<Vec<Task>> {
     }
 }
 
-fn search(setup: &Setup, tasks: &[Task], faults: &str, file: &mut TableFile) -> Checked<()> {
+/// Gives how often a worker was started.
+fn search(setup: &Setup, tasks: &[Task], faults: &str, file: &mut TableFile) -> Checked<usize> {
     let program = env::current_exe()?;
+    let starts = Cell::new(0);
     let start = || {
+        starts.set(starts.get() + 1);
         let mut command = Command::new(&program);
         command.env(WORKER, faults);
         command
@@ -101,7 +108,26 @@ fn search(setup: &Setup, tasks: &[Task], faults: &str, file: &mut TableFile) -> 
     let mut go_on = |_: Option<Progress<'_>>| ControlFlow::Continue(());
     let mut search =
         Search { setup: setup.clone(), start: &start, compiler, machine, limits, go_on: &mut go_on };
-    Ok(search.run(tasks, file)?)
+    search.run(tasks, file)?;
+    Ok(starts.get())
+}
+
+/// On a GPU nothing goes on after a fault.
+fn failing() -> Checked<()> {
+    let place = Place::new();
+    let setup = setup()?;
+    let mut tasks = task(&setup, "q")?;
+    tasks[0].candidates.truncate(3);
+    let mut file = TableFile::open(&place.path("good.jsonl"))?;
+    let starts = search(&setup, &tasks, "|", &mut file)?;
+    tasks[0].candidates[1].schedule = "nonsense".to_string();
+    let mut file = TableFile::open(&place.path("bad.jsonl"))?;
+    assert_eq!(search(&setup, &tasks, "|", &mut file)?, starts + 1);
+    let of = |schedule: &str| file.table.records.iter().find(|r| r.schedule == schedule).map(|r| &r.outcome);
+    assert!(matches!(of("nonsense"), Some(Outcome::Crashed { .. })), "{:?}", of("nonsense"));
+    let next = of(&tasks[0].candidates[2].schedule);
+    assert!(matches!(next, Some(Outcome::Timed { .. })), "{next:?}");
+    Ok(())
 }
 
 fn misbehaving() -> Checked<()> {
